@@ -1,0 +1,234 @@
+"""Look into trained runs, and check the theory's networks on all inputs.
+
+    python analyze.py RUN.npz                       report, some neurons, Lemma F.2
+    python analyze.py RUN.npz --json                the report as JSON
+    python analyze.py RUN.npz --figures DIR         the paper's Figures 1 and 2 (needs matplotlib)
+    python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, COST
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+
+import fourier_circuits as fc
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def run_main(main):
+    """Run a script's main: what the user can mend is one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # the plots need more than a bare ASCII terminal has
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except fc.BadInput as error:
+        problem = error
+    except MemoryError:
+        problem = "out of memory; take a smaller k, p, m or batch"
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text
+
+
+def percent(x):
+    return "-" if x is None else f"{100 * x:.2f}%"
+
+
+def bars(x, low=None, high=None):
+    """Numbers as a row of blocks. bars([0, 1, 2]) -> ' ▄█'."""
+    low, high = np.min(x) if low is None else low, np.max(x) if high is None else high
+    level = np.round(8 * (np.asarray(x) - low) / ((high - low) or 1)).astype(int)
+    return "".join(" ▁▂▃▄▅▆▇█"[i] for i in level)
+
+
+def print_report(r):
+    """Print what fc.report(run) measured."""
+    ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f} of gamma*"
+    print(f"""
+{r['k']} numbers modulo {r['p']}, {r['m']} neurons, {r['activation']} activation, seed {r['seed']}
+  accuracy             train {percent(r['train_accuracy'])}, test {percent(r['test_accuracy'])}
+  live neurons         {r['live_neurons']} of {r['m']}
+  single-frequency     {percent(r['single_frequency_fraction'])} of them (> 95% of their power)
+  max normalized power {r['max_normalized_power']:.4f}, \
+at init {r['max_normalized_power_at_init']:.4f}, \
+expected at random {r['max_normalized_power_expected']:.4f}
+  phase error          {r['phase_error']:.4f} mean |theta_1 + .. + theta_k - theta_w|
+  normalized margin    {r['margin']:.6g}, {ratio}
+  restricted accuracy  {percent(r['restricted_accuracy'])} keeping only each neuron's own frequency
+  excluded accuracy    {percent(r['excluded_accuracy'])} keeping only the rest; \
+chance {percent(1 / r['p'])}
+  frequencies          {r['frequencies_used']} of {r['frequencies_total']} used; \
+live neurons of each:""")
+    counts = r["frequency_histogram"]
+    for zeta, count in enumerate(counts, 1):
+        print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
+    print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
+
+
+def print_neurons(run, count=3):
+    """Some live neurons of different frequencies: weights over 0..p-1 beside their spectra."""
+    s = fc.neuron_spectra(run.params)
+    order = np.argsort(-fc.to_host(fc.neuron_norms(run.params)))
+    _, first = np.unique(s["frequency"][order], return_index=True)
+    vectors = fc.neurons(run.params)
+    spectra = fc.to_host(fc.power_spectrum(vectors, axis=1))
+    vectors = fc.to_host(vectors)
+    k = len(vectors) - 1
+    for i in order[np.sort(first)[:count]]:
+        print(f"\nneuron {i}: frequency {s['frequency'][i]}, {percent(s['concentration'][i])} of "
+              f"its power, phase error {s['phase_error'][i]:.4f}; weights | spectrum from 0")
+        for j, name in enumerate([*(f"u_{j + 1}" for j in range(k)), "w"]):
+            print(f"  {name:4s} {bars(vectors[j, :, i])} | {bars(spectra[j, :, i], low=0)}")
+
+
+def print_lemma(run):
+    """Lemma F.2: S_j = f^(j,..,j,-j) is positive for every j of a max-margin network."""
+    k, p, _ = run.params["u"].shape
+    s = fc.to_host(fc.diagonal_dft(run.params))[1:p // 2 + 1].real
+    print(f"\nLemma F.2: f^(j,..,j,-j) > 0 at {(s > 0).sum()} of {len(s)} frequencies; "
+          f"smallest over mean {s.min() / s.mean():.3f}")
+    try:
+        f = np.abs(fc.to_host(fc.network_dft(run.params))) ** 2
+    except fc.BadInput:
+        print("  the whole DFT of f is too large here")
+        return
+    j = np.arange(1, p)
+    inside, constant = f[(j,) * k + (p - j,)].sum(), f[..., 0].sum()
+    print(f"  share of f's power on (j,..,j,-j): {inside / (f.sum() - constant):.4f} "
+          f"(what all classes share left out)")
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures
+
+
+def draw(run, directory):
+    """The paper's Figures 1 and 2 for this run, and its training curves, as PNG files."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
+    s = fc.neuron_spectra(run.params)
+    vectors = fc.to_host(fc.neurons(run.params))
+    k, p = len(vectors) - 1, vectors.shape[1]
+    names = [*(f"$u_{j + 1}$" for j in range(k)), "$w$"]
+    live = np.flatnonzero(s["live"])
+    made = []
+
+    def save(figure, name):
+        path = os.path.join(directory, name)
+        try:
+            os.makedirs(directory, exist_ok=True)
+            figure.savefig(path + ".part", format="png", dpi=80, bbox_inches="tight")
+            os.replace(path + ".part", path)
+        except OSError as error:
+            raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
+        plt.close(figure)
+        made.append(path)
+
+    one = live[np.argmax(s["concentration"][live])]
+    figure, axes = plt.subplots(k + 1, 2, figsize=(10, 1.7 * (k + 1)), squeeze=False)
+    fine = np.linspace(0, p, 20 * p)
+    for x, name, (left, right) in zip(vectors[:, :, one], names, axes):
+        wave = np.fft.rfft(x)[s["frequency"][one]] * 2 / p
+        left.plot(fine, (wave * np.exp(2j * np.pi * s["frequency"][one] * fine / p)).real, lw=0.8)
+        left.plot(x, "o", ms=3)
+        left.set_ylabel(name)
+        right.bar(np.arange(p // 2 + 1), fc.to_host(fc.power_spectrum(fc.xp.asarray(x))))
+    axes[0, 0].set_title(f"neuron {one}: weights, and the cosine of frequency "
+                         f"{s['frequency'][one]}")
+    axes[0, 1].set_title("power spectrum")
+    save(figure, "neuron.png")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
+    left.bar(np.arange(1, p // 2 + 1), np.bincount(s["frequency"][live], minlength=p // 2 + 1)[1:])
+    left.set(title="live neurons by frequency", xlabel="frequency")
+    edges = np.linspace(0, 1, 51)
+    right.hist(run.power_at_init.ravel(), edges, alpha=0.7, label="at init", density=True)
+    right.hist(s["max_power"][:, live].ravel(), edges, alpha=0.7, label="trained", density=True)
+    right.set(title="maximum normalized power of $u_1 .. u_k, w$", xlabel="power")
+    right.legend()
+    save(figure, "frequencies.png")
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3))
+    steps = [line["step"] for line in run.history]
+    for axis, keys in zip(axes, (["loss"], ["train_accuracy", "test_accuracy"],
+                                 ["max_normalized_power", "single_frequency_fraction",
+                                  "margin_ratio"])):
+        for key in keys:
+            if run.history and run.history[0].get(key) is not None:
+                axis.plot(steps, [line[key] for line in run.history], label=key.replace("_", " "))
+        axis.set_xlabel("step")
+        axis.legend()
+    axes[0].set_yscale("log")
+    save(figure, "training.png")
+    return made
+
+
+# ------------------------------------------------------------------------------------------------
+# Theory
+
+
+def print_theory(k, p):
+    """Both networks against Theorem 4.1 on all p^k inputs."""
+    print(f"k = {k}, p = {p}: gamma* = {fc.max_margin(k, p):.6e}, "
+          f"{p**k} inputs, float64")
+    for name, build in (("the paper's", fc.paper_network), ("the rotated", fc.rotated_network)):
+        if name == "the paper's" and p % 2 == 0:
+            print("\nthe paper's network is for odd p")
+            continue
+        params = build(k, p)
+        print(f"\n{name} network, {params['w'].shape[0]} neurons\n"
+              f"  {'':40s} {'measured':>22s} {'theorem':>22s}  relative error")
+        for what, got, wanted, error in fc.theory_check(params):
+            print(f"  {what:40s} {got:22.15e} {wanted:22.15e}  {error:.1e}")
+
+
+def main(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN.npz", help="a run file of train.py")
+    add("--json", action="store_true", help="print the report as JSON, nothing else")
+    add("--figures", metavar="DIR", help="draw PNG files into DIR")
+    add("--theory", action="store_true", help="check the max-margin networks of --k and --p")
+    add("--k", type=int, default=3, help="default 3")
+    add("--p", type=int, default=23, help="default 23")
+    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
+    args = parser.parse_args(argv)
+    if args.theory == (args.run is not None):
+        parser.error("give either a run file or --theory")
+    fc.use_device(args.device)
+    if args.theory:
+        print_theory(args.k, args.p)
+        return 0
+    run = fc.load_run(args.run)
+    r = fc.report(run)
+    if args.json:
+        print(json.dumps(r, indent=2))
+    else:
+        print_report(r)
+        print_neurons(run)
+        print_lemma(run)
+    if args.figures:
+        for path in draw(run, args.figures):
+            print(path, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

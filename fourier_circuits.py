@@ -1,0 +1,945 @@
+"""Fourier circuits in networks that add modulo p: one module, numpy on a CPU or cupy on a GPU.
+
+After "Fourier Circuits in Neural Networks and Transformers: A Case Study of Modular Arithmetic with
+Multiple Inputs" (Li, Liang, Shi, Song, Zhou; arXiv 2402.09469v4, "the paper" below).
+
+A network sees k numbers a_1 .. a_k modulo p and must name their sum modulo p. The paper proves that
+the best such network (largest normalized margin) consists of neurons that are cosines of a single
+frequency each, and observes that training finds just these. In reading order:
+
+    arrays    use_device, to_host
+    data      all_inputs, labels, split                                              Eq. 1
+    layers    embed_sum, power, relu, linear, cross_entropy: y, backward = layer(..)
+    network   init_mlp, mlp, loss_and_gradients                                      Eq. 2
+    norm      neuron_norms, norm, penalty, max_margin                                Defs 3.1, B.2
+    training  adamw, schedule, new_run, train_step
+    margins   margins, evaluate, normalized_margin                                   Def. 3.6
+    Fourier   power_spectrum, neuron_spectra, ablate                                 Section 4
+    weights   diagonal_dft, class_margin_from_weights, margin_bound, efficiency      Lemmas 4.2, F.2
+    theory    paper_network, rotated_network, theory_check                           Theorem 4.1
+    runs      save_run, load_run, report
+
+Letters
+    p        modulus, at least 2                  a, y     inputs [n, k], labels [n]
+    k        numbers to add, at least 2           u, w     a neuron's u_1..u_k and w, each p numbers
+    m        neurons                              z, h     before and after the activation [n, m]
+    n        inputs in a batch                    zeta     a frequency, 1 .. p // 2
+    D_p      all p^k inputs                       gamma*   the largest normalized margin
+Gradients are d + the name: dz is the gradient of the loss with respect to z.
+"""
+
+import itertools
+import json
+import math
+import os
+import zipfile
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# ------------------------------------------------------------------------------------------------
+# Arrays: every array of a network lives in xp, which is numpy or cupy.
+
+xp = np
+BLOCK_BYTES = 2**18  # work that can goes in blocks of this size: a CPU's cache; on a GPU larger
+WHOLE_BYTES = 2**25  # a batch larger than this goes in several blocks
+
+
+class BadInput(ValueError):
+    """What the user asked for cannot be done; the message says why and what to do, in one line."""
+
+
+def use_device(device):
+    """Choose numpy ("cpu") or cupy ("gpu"); "auto" takes a GPU if there is one. -> "cpu" or "gpu".
+
+    Raises BadInput if a GPU is asked for and cannot be used.
+    """
+    global xp, BLOCK_BYTES
+    xp, BLOCK_BYTES = np, 2**18
+    if device != "cpu":
+        try:
+            import cupy
+            found = cupy.is_available()
+        except ImportError:
+            found = False
+        if found:
+            xp, BLOCK_BYTES = cupy, 2**28
+        elif device == "gpu":
+            raise BadInput("no GPU can be used: CuPy is not installed or sees no CUDA device; "
+                           "use --device cpu")
+    return "cpu" if xp is np else "gpu"
+
+
+def to_host(x):
+    """A numpy array with the same numbers."""
+    return x if isinstance(x, np.ndarray) else xp.asnumpy(x)
+
+
+def blocks(rows, row_bytes, limit=None):
+    """Slices that cover range(rows), each of at most limit bytes (BLOCK_BYTES), or of one row."""
+    step = max(1, int((limit or BLOCK_BYTES) // row_bytes))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class Buffers:
+    """Named work arrays, made once: fresh batch-by-m arrays at each step cost more than the sums.
+
+    What a layer returns in a buffer holds until the same layer runs again with the same Buffers.
+    """
+
+    def __init__(self):
+        self.arrays = {}
+
+    def __call__(self, name, shape, dtype):
+        array = self.arrays.get(name)
+        if array is None or array.shape != shape or array.dtype != dtype:
+            array = self.arrays[name] = xp.empty(shape, dtype)
+        return array
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: D_p, all p^k inputs with their sums modulo p (Eq. 1)
+
+MAX_BYTES = 2**32  # the largest array that we make without being asked twice
+
+
+def check_size(k, p, m=1):
+    """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and the weights fit in memory."""
+    for name, value, least in (("k", k, 2), ("p", p, 2), ("m", m, 1)):
+        if value < least:
+            raise BadInput(f"{name} = {value} is too small: it must be at least {least}")
+    if k * math.log2(p) > 200 or 8 * k * p**k > MAX_BYTES:
+        raise BadInput(f"too large: the p^k = {p}^{k} inputs of {k} numbers need about "
+                       f"{k * p**k * 8 / 2**30 if k * math.log2(p) < 200 else math.inf:.3g} GiB, "
+                       f"the limit is {MAX_BYTES / 2**30:.0f} GiB; take a smaller k or p")
+    if 4 * (k + 1) * p * m > MAX_BYTES // 8:
+        raise BadInput(f"too large: the (k+1) p m = {(k + 1) * p * m} weights of m = {m} neurons "
+                       f"exceed {MAX_BYTES // 32}; take a smaller m, k or p")
+
+
+def digits(index, k, p):  # [n] -> [n, k]
+    """Inputs by their number in all_inputs: digits(0 .. p^k - 1) counts up, a_k fastest."""
+    return index[:, None] // p ** xp.arange(k - 1, -1, -1) % p
+
+
+def all_inputs(k, p):
+    """All of D_p (Eq. 1), int [p^k, k], a_k running fastest. Raises BadInput if it is too large.
+
+    all_inputs(2, 3) -> [[0, 0], [0, 1], [0, 2], [1, 0], .. [2, 2]]
+    """
+    check_size(k, p)
+    return digits(xp.arange(p**k), k, p)
+
+
+def labels(a, p):  # [n, k] -> [n]
+    """a_1 + .. + a_k mod p."""
+    return a.sum(axis=1) % p
+
+
+def split(k, p, fraction, rng):
+    """A random part of D_p to train on: bool [p^k] on the host, True on round(fraction p^k) inputs.
+
+    rng: a numpy Generator. Raises BadInput if the fraction is outside (0, 1] or selects nothing.
+    """
+    check_size(k, p)
+    count = round(fraction * p**k) if 0 < fraction <= 1 else 0
+    if count == 0:
+        raise BadInput(f"train fraction {fraction} must lie in (0, 1] and give at least one of the "
+                       f"p^k = {p**k} inputs")
+    train = np.zeros(p**k, bool)
+    train[rng.permutation(p**k)[:count]] = True
+    return train
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers and losses: y, backward = layer(x, ..); backward takes dy and returns the other gradients.
+
+
+def embed_sum(u, a, buf):  # [k, p, m], [n, k] -> [n, m]
+    """z = u_1[a_1] + .. + u_k[a_k], as one product of one-hot rows with a [k p, m] table.
+
+    The product beats a gather forward and a scatter backward, and adds in a fixed order on a GPU.
+    """
+    k, p, m = u.shape
+    x = xp.eye(p, dtype=u.dtype)[a].reshape(len(a), k * p)
+    z = xp.matmul(x, u.reshape(k * p, m), out=buf("z", (len(a), m), u.dtype))
+
+    def backward(dz):
+        return xp.matmul(x.T, dz, out=buf("du", (k * p, m), u.dtype)).reshape(k, p, m)
+
+    return z, backward
+
+
+def embed_grid(u, prefix, buf):  # [k, p, m], [n, k-1] -> [n p, m]
+    """embed_sum for prefixes (a_1 .. a_{k-1}), each with all p values of a_k: a broadcast sum."""
+    k, p, m = u.shape
+    n = len(prefix)
+    x = xp.eye(p, dtype=u.dtype)[prefix].reshape(n, (k - 1) * p)
+    z = buf("z", (n, p, m), u.dtype)
+    xp.add((x @ u[:-1].reshape((k - 1) * p, m))[:, None], u[-1], out=z)
+
+    def backward(dz):
+        dz = dz.reshape(n, p, m)
+        du = buf("du", (k, p, m), u.dtype)
+        du[:-1] = (x.T @ dz.sum(axis=1)).reshape(k - 1, p, m)
+        du[-1] = dz.sum(axis=0)
+        return du
+
+    return z.reshape(n * p, m), backward
+
+
+def power(z, k, buf):  # [n, m] -> [n, m]
+    """h = z^k, in place of z."""
+    slope = buf("slope", z.shape, z.dtype)  # z^(k-1)
+    for rows in blocks(len(z), z[0].nbytes):
+        x = s = z[rows]
+        for bit in bin(k - 1)[3:]:  # powers by repeated squaring, highest bit first
+            s = xp.multiply(s, s, out=slope[rows])
+            if bit == "1":
+                s *= x
+        if s is x:
+            slope[rows] = x
+        x *= slope[rows]
+
+    def backward(dh):  # dz = dh k z^(k-1), in place of dh
+        for rows in blocks(len(dh), dh[0].nbytes):
+            dh[rows] *= slope[rows]
+            dh[rows] *= k
+        return dh
+
+    return z, backward
+
+
+def relu(z, buf):  # [n, m] -> [n, m]
+    """h = max(z, 0), in place of z: the other activation of Morwani et al. 2024."""
+    h = xp.maximum(z, 0, out=z)
+
+    def backward(dh):
+        dh *= h > 0
+        return dh
+
+    return h, backward
+
+
+def linear(x, w, buf):  # [n, m], [m, p] -> [n, p]
+    """y = x w."""
+    y = xp.matmul(x, w, out=buf("logits", (len(x), w.shape[1]), x.dtype))
+
+    def backward(dy):
+        dx = xp.matmul(dy, w.T, out=buf("dx", x.shape, x.dtype))
+        dw = xp.matmul(x.T, dy, out=buf("dw", w.shape, x.dtype))
+        return dx, dw
+
+    return y, backward
+
+
+def cross_entropy(logits, y):  # [n, p], [n] -> scalar
+    """Mean of -log softmax(logits)[y]."""
+    rows = xp.arange(len(y))
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    exp = xp.exp(shifted)
+    total = exp.sum(axis=1, keepdims=True)
+    loss = (xp.log(total[:, 0]) - shifted[rows, y]).mean()
+
+    def backward():  # softmax - onehot, over n
+        dlogits = exp / total
+        dlogits[rows, y] -= 1
+        dlogits /= len(y)
+        return dlogits
+
+    return loss, backward
+
+
+# ------------------------------------------------------------------------------------------------
+# The network: f(theta, a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2)
+
+
+def init_mlp(k, p, m, std, rng, dtype="float32"):
+    """{"u": [k, p, m], "w": [m, p]}, entries N(0, std^2), drawn on the host so that CPU = GPU."""
+    draw = lambda *shape: xp.asarray((std * rng.standard_normal(shape)).astype(dtype))  # noqa: E731
+    return {"u": draw(k, p, m), "w": draw(m, p)}
+
+
+def mlp(params, a, activation="power", buf=None):  # [n, k] -> [n, p], or [n, k-1] -> [n p, p]
+    """The network of Eq. 2 on inputs a; activation "power" (z^k) or "relu".
+
+    Rows of k-1 numbers are prefixes: each stands for its p inputs with a_k = 0 .. p-1.
+    -> logits, backward(dlogits) -> {"u": du, "w": dw}, all in buf's arrays.
+    """
+    buf = buf or Buffers()
+    k = len(params["u"])
+    embed = embed_sum if a.shape[1] == k else embed_grid
+    z, embed_backward = embed(params["u"], a, buf)
+    h, activation_backward = power(z, k, buf) if activation == "power" else relu(z, buf)
+    logits, linear_backward = linear(h, params["w"], buf)
+
+    def backward(dlogits):
+        dh, dw = linear_backward(dlogits)
+        du = embed_backward(activation_backward(dh))
+        return {"u": du, "w": dw}
+
+    return logits, backward
+
+
+def mlp_logit_blocks(params, activation="power"):
+    """The network on all of D_p in the order of all_inputs: yields (slice of inputs, logits)."""
+    k, p, m = params["u"].shape
+    buf = Buffers()
+    for rows in blocks(p ** (k - 1), p * m * params["u"].dtype.itemsize):
+        prefix = digits(xp.arange(rows.start, rows.stop), k - 1, p)
+        yield slice(rows.start * p, rows.stop * p), mlp(params, prefix, activation, buf)[0]
+
+
+def loss_and_gradients(params, a, activation="power", buf=None):
+    """Mean cross-entropy over inputs or prefixes a (see mlp), its gradients; in blocks of rows."""
+    u, buf = params["u"], buf or Buffers()
+    k, p, m = u.shape
+    width = 1 if a.shape[1] == k else p  # inputs a row
+    limit = WHOLE_BYTES if width == 1 else BLOCK_BYTES
+    loss, grads = 0, None
+    for rows in blocks(len(a), width * m * u.dtype.itemsize, limit):
+        y = labels(a[rows], p)
+        if width > 1:
+            y = ((y[:, None] + xp.arange(p)) % p).reshape(-1)
+        logits, backward = mlp(params, a[rows], activation, buf)
+        part, loss_backward = cross_entropy(logits, y)
+        share = len(y) / (len(a) * width)
+        dparams = backward(share * loss_backward())
+        if share == 1:
+            return part, dparams
+        loss = loss + share * part
+        if grads is None:
+            grads = {name: buf("sum " + name, d.shape, d.dtype) for name, d in dparams.items()}
+            for d in grads.values():
+                d[...] = 0
+        for name, d in dparams.items():
+            grads[name] += d
+    return loss, grads
+
+
+# ------------------------------------------------------------------------------------------------
+# The norm (Def. B.2), its penalty (Def. 3.1), the largest normalized margin (Theorem 4.1)
+
+
+def neuron_norms(params):
+    """||theta_i||_2 over the (k+1) p numbers of each neuron, [m]."""
+    u, w = params["u"], params["w"]
+    return xp.sqrt(xp.einsum("kpm,kpm->m", u, u) + xp.einsum("mp,mp->m", w, w))
+
+
+def scale_neurons(params, c):
+    """Multiply all numbers of neuron i by c[i], in place."""
+    params["u"] *= c
+    params["w"] *= c[:, None]
+
+
+def norm(params, degree=None):
+    """||theta||_{2,nu} = (sum_i ||theta_i||_2^nu)^(1/nu), nu = degree, k + 1 by default (Def. B.2).
+
+    nu is the degree in which f is homogeneous: k + 1 for the power activation, 2 for ReLU.
+    """
+    nu = degree or len(params["u"]) + 1
+    norms = neuron_norms(params)
+    largest = norms.max()  # taken out first, so that no power overflows
+    return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu)) if largest > 0 else 0.0
+
+
+def max_margin(k, p):
+    """gamma*, the largest normalized margin of any network (Theorem 4.1.1; even p: see below).
+
+    2 k! / ((2k+2)^((k+1)/2) (p-1) p^((k-1)/2)) for odd p; (p-1)/(p-2+r) times that for even p, with
+    r = 2^(-(k-1)/2), thanks to the Nyquist frequency p/2 (beyond the paper).
+    max_margin(3, 23) -> 0.00037055
+    """
+    gamma = 2 * math.factorial(k) / ((2*k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
+    return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
+
+
+def penalty(params, strength, degree, power):
+    """strength ||theta||_{2,nu}^power, nu = degree (Def. 3.1).
+
+    power = 1 is the paper's regularizer; power = nu makes it the sum of ||theta_i||^nu, smooth at 0
+    and one term a neuron. -> value, backward(grads), which adds the gradient to grads in place.
+    """
+    norms, total = neuron_norms(params), norm(params, degree)
+
+    def backward(grads):  # power ||theta||^(power-nu) ||theta_i||^(nu-2) theta_i
+        c = strength * power * total ** (power - degree) * norms ** (degree - 2)
+        grads["u"] += c * params["u"]
+        grads["w"] += c[:, None] * params["w"]
+
+    return strength * total**power, backward
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98), eps=1e-30):
+    """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
+
+    first, second: running means of the gradient and of its square, dicts like params; step counts
+    from 1. eps is tiny by default: the gradients of a small network are themselves below 1e-8.
+    """
+    beta1, beta2 = betas
+    size = lr / (1 - beta1**step)  # bias corrections, taken out of the arrays
+    root = 1 / math.sqrt(1 - beta2**step)
+    for name in params:
+        x, g, m, v = (d[name].reshape(-1) for d in (params, grads, first, second))
+        for part in blocks(len(x), 2 * x.itemsize):
+            xi, gi, mi, vi = x[part], g[part], m[part], v[part]
+            mi += (1 - beta1) * (gi - mi)
+            vi += (1 - beta2) * (gi * gi - vi)
+            t = xp.sqrt(vi)
+            t *= root
+            t += eps
+            xp.divide(mi, t, out=t)
+            t *= size
+            xi *= 1 - lr * weight_decay
+            xi -= t
+
+
+# ------------------------------------------------------------------------------------------------
+# Margins on all of D_p
+
+
+def margins(logits, y):  # [n, p], [n] -> [n], [n]
+    """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
+
+    The weights of the second are uniform (Def. 3.6). A point is classified rightly if its margin is
+    positive: a tie is an error.
+    """
+    rows, p = xp.arange(len(y)), logits.shape[1]
+    right = logits[rows, y]
+    weighted = (p * right - logits.sum(axis=1)) / (p - 1)
+    wrong = logits.copy()
+    wrong[rows, y] = -xp.inf
+    return right - wrong.max(axis=1), weighted
+
+
+def evaluate(logit_blocks, train, k, p):
+    """One pass over D_p. logit_blocks yields (slice, logits); train: bool [p^k] on the host.
+
+    -> dict: train_accuracy, test_accuracy (None without test inputs), accuracy (all of D_p), margin
+    (the smallest, h(theta)), largest_margin, class_margin (mean class-weighted margin).
+    """
+    right, smallest, largest, total = np.zeros(p**k, bool), math.inf, -math.inf, 0.0
+    for inputs, logits in logit_blocks:
+        y = labels(digits(xp.arange(inputs.start, inputs.stop), k, p), p)
+        margin, weighted = margins(logits, y)
+        right[inputs] = to_host(margin > 0)
+        smallest, largest = min(smallest, float(margin.min())), max(largest, float(margin.max()))
+        total += float(weighted.sum(dtype="float64"))
+    return {"train_accuracy": float(right[train].mean()),
+            "test_accuracy": None if train.all() else float(right[~train].mean()),
+            "accuracy": float(right.mean()), "margin": smallest, "largest_margin": largest,
+            "class_margin": total / p**k}
+
+
+def normalized_margin(params, activation="power"):
+    """h(theta) / ||theta||^nu, the margin of theta / ||theta||, over all of D_p; at most gamma*."""
+    k, p, _ = params["u"].shape
+    degree = k + 1 if activation == "power" else 2
+    whole = evaluate(mlp_logit_blocks(params, activation), np.ones(p**k, bool), k, p)
+    return whole["margin"] / norm(params, degree) ** degree
+
+
+# ------------------------------------------------------------------------------------------------
+# Fourier analysis of the weights (Section 4). numpy's sign: x^(j) = sum_a x(a) e^(-2 pi i j a/p),
+# so that the phase of A cos(theta + 2 pi zeta a/p) is theta = arg x^(zeta).
+
+
+def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
+    """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
+    p = x.shape[axis]
+    power = xp.abs(xp.fft.rfft(x, axis=axis)) ** 2
+    weight = xp.full(p // 2 + 1, 2, power.dtype)
+    weight[0] = 1  # the mean has no partner, nor has the Nyquist frequency of an even p
+    if p % 2 == 0:
+        weight[-1] = 1
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return power * weight.reshape(shape)
+
+
+def max_normalized_power(x, axis=-1):
+    """The largest share of power at a zeta >= 1, the mean included in the whole; 1 = a cosine."""
+    power = power_spectrum(x, axis)
+    return power.take(xp.arange(1, power.shape[axis]), axis).max(axis) / power.sum(axis)
+
+
+def expected_max_power(p):
+    """Mean of max_normalized_power over Gaussian vectors of p numbers; 2 H_n/p, n = (p-1)/2, odd p.
+
+    H_n is the harmonic number. For even p, where the Nyquist power is half a squared normal, the
+    maximum's mean is integrated from its distribution. expected_max_power(23) -> 0.263
+    """
+    pairs = (p - 1) // 2
+    if p % 2:
+        return sum(2 / i for i in range(1, pairs + 1)) / p
+    x = np.linspace(0, 50 + math.log(p), 200_001)  # in units of a pair's mean power
+    nyquist = np.array([math.erf(math.sqrt(t)) for t in x])
+    return float(np.trapezoid(1 - (1 - np.exp(-x)) ** pairs * nyquist, x)) * 2 / p
+
+
+def neurons(params):
+    """All vectors of all neurons: [k+1, p, m], u_1 .. u_k and then w."""
+    return xp.concatenate([params["u"], params["w"].T[None]])
+
+
+def neuron_spectra(params):
+    """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host.
+
+    frequency [m]       zeta with most power in u_1..u_k and w together
+    concentration [m]   share of the neuron's power at zeta, the means included in the whole
+    max_power [k+1, m]  maximum normalized power of each vector by itself
+    phases [k+1, m]     theta_1 .. theta_k, theta_w at zeta
+    phase_error [m]     |theta_1 + .. + theta_k - theta_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
+    live [m]            norm above a tenth of the largest
+    """
+    vectors, norms = neurons(params), neuron_norms(params)
+    total = power_spectrum(vectors, axis=1).sum(axis=0)  # [p // 2 + 1, m]
+    zeta = 1 + total[1:].argmax(axis=0)
+    each = xp.arange(len(norms))
+    phases = xp.angle(xp.fft.rfft(vectors, axis=1)[:, zeta, each])
+    error = phases[:-1].sum(axis=0) - phases[-1]
+    floor = xp.finfo(total.dtype).tiny  # an all-zero neuron has concentration 0, not 0/0
+    return {name: to_host(value) for name, value in {
+        "frequency": zeta,
+        "concentration": total[zeta, each] / xp.maximum(total.sum(axis=0), floor),
+        "max_power": max_normalized_power(vectors, axis=1),
+        "phases": phases,
+        "phase_error": xp.abs((error + math.pi) % (2 * math.pi) - math.pi),
+        "live": norms > 0.1 * norms.max()}.items()}
+
+
+def ablate(params):
+    """The causal check: the network restricted to each neuron's own frequency, and the rest.
+
+    -> restricted, excluded, which add up to params. After the restricted and the excluded loss of
+    Nanda et al. 2023, for any k.
+    """
+    vectors = neurons(params)
+    k, p, m = params["u"].shape
+    zeta = xp.asarray(neuron_spectra(params)["frequency"])
+    spectrum = xp.fft.rfft(vectors, axis=1)
+    spectrum *= xp.arange(p // 2 + 1)[:, None] == zeta
+    kept = xp.fft.irfft(spectrum, n=p, axis=1).astype(vectors.dtype)
+    return [{"u": v[:k].copy(), "w": v[k].T.copy()} for v in (kept, vectors - kept)]
+
+
+def network_dft(params):
+    """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f (Lemma F.2), complex [p, .., p].
+
+    Raises BadInput if its p^(k+1) numbers are too many.
+    """
+    k, p, _ = params["u"].shape
+    if 16 * p ** (k + 1) > MAX_BYTES // 4:
+        raise BadInput(f"too large: the DFT of f has {p}^{k + 1} numbers; take a smaller p")
+    f = xp.concatenate([logits.copy() for _, logits in mlp_logit_blocks(params)])
+    return xp.fft.fftn(f.reshape((p,) * (k + 1)))
+
+
+# ------------------------------------------------------------------------------------------------
+# From the weights alone, for sizes at which nobody enumerates p^k inputs; power activation only
+
+
+def neuron_dft(params):  # -> complex [p, m]
+    """Each neuron's share of f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), 0 at j = 0."""
+    u, w = params["u"], params["w"]
+    s = xp.conj(xp.fft.fft(w, axis=1).T) * xp.fft.fft(u, axis=1).prod(axis=0)
+    s[0] = 0
+    return math.factorial(len(u)) * s
+
+
+def diagonal_dft(params):  # -> [p]
+    """S_j = f^(j, .., j, -j) for j = 1 .. p-1, real up to rounding for a trained network; S_0 = 0.
+
+    A max-margin network has S_j > 0 (Lemma F.2), on the unit ball S_j = gamma* p^k for all j != 0.
+    """
+    return neuron_dft(params).sum(axis=1)
+
+
+def class_margin_from_weights(params):
+    """Mean class-weighted margin of f over D_p: sum_{j != 0} S_j / ((p-1) p^k) (Lemma 4.2)."""
+    k, p, _ = params["u"].shape
+    return float(diagonal_dft(params).real.sum()) / ((p - 1) * p**k)
+
+
+def margin_bound(params):
+    """An upper bound on the margin h: the least mean over D_p of f[y] - f[y + Delta], Delta != 0.
+
+    That mean is p^-(k+1) sum_j S_j (1 - e^(-2 pi i j Delta/p)).
+    """
+    k, p, _ = params["u"].shape
+    s = diagonal_dft(params)
+    means = (s.sum() - xp.fft.fft(s)).real[1:] / float(p) ** (k + 1)
+    return float(means.min())
+
+
+def efficiency(params):  # -> [m]
+    """Each neuron's class-weighted margin at unit norm over gamma*, in [-1, 1] (Lemma 4.2).
+
+    1: the neuron is as good as any can be, a cosine with its phases in order. Odd p (for even p a
+    Nyquist neuron's optimum is higher, 2^((k-1)/2) (p-1)/.. of a pair's, and the value may pass 1).
+    """
+    k, p, _ = params["u"].shape
+    mean = neuron_dft(params).real.sum(axis=0) / ((p - 1) * float(p) ** k)
+    return mean / (neuron_norms(params) ** (k + 1) * max_margin(k, p))
+
+
+# ------------------------------------------------------------------------------------------------
+# Theory: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1)
+
+
+def paper_network(k, p):
+    """The paper's max-margin network (Lemmas 4.3, E.3): 2^(2k-2) (p-1) neurons, float64, norm 1.
+
+    For each zeta, cos(x_1 + .. + x_k - y) is a sum of 2^k products of cosines and sines, where
+    x_j = 2 pi zeta a_j/p and y = 2 pi zeta c/p; each product is a sum of 2^(k-1) k-th powers:
+        2^k k! d_1 .. d_k = sum over signs s of s_1 .. s_k (s_1 d_1 + .. + s_k d_k)^k    (Lemma E.1)
+    where s and -s give the same. Raises BadInput for even p, which the paper leaves out.
+    """
+    check_size(k, p, 2 ** (2*k - 2) * (p - 1))
+    if p % 2 == 0:
+        raise BadInput(f"the paper's network is for odd p, not {p}; rotated_network takes any p")
+    # A sine is a cosine a quarter turn late: q_j = 1 makes d_j = cos(x_j - pi/2) = sin x_j. Where
+    # the number |q| of sines is odd, y takes a sine too; i^|q| (-i)^(|q| mod 2) is the term's sign.
+    q = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
+    late = np.column_stack([q, q.sum(axis=1) % 2])[:, None]  # [2^k, 1, k+1]
+    s = signs(k)[None]  # [1, 2^(k-1), k]
+    sign = s.prod(axis=2) * (-1) ** (q.sum(axis=1) // 2)[:, None]  # [2^k, 2^(k-1)]
+    amplitudes = np.concatenate([s.repeat(len(q), axis=0), sign[:, :, None]], axis=2)
+    phases = -np.pi / 2 * late + 0 * amplitudes
+    return cosine_network(k, p, amplitudes.reshape(-1, k + 1), phases.reshape(-1, k + 1))
+
+
+def rotated_network(k, p):
+    """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
+
+    The signs of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s); turning all phases together by
+    psi_s = pi s/(k+1), s = 0 .. k, and w by k psi_s cancels every term but cos(x_1 + .. + x_k - y):
+    flipping r of the k signs gives the phase e^(-2 i r psi_s), which sums to 0 over s unless r = 0.
+    Even p (parity, p = 2, included) has (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) more for the
+    Nyquist frequency, where cos(x_j) = (-1)^a_j needs no turning.
+    """
+    check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
+    s = signs(k)
+    amplitudes = np.tile(np.column_stack([s, s.prod(axis=1)]), (k + 1, 1))
+    turns = np.repeat(np.arange(k + 1), len(s))[:, None] * np.array([1] * k + [k])
+    return cosine_network(k, p, amplitudes, np.pi / (k + 1) * turns)
+
+
+def signs(k):  # -> [2^(k-1), k]
+    """All of {-1, 1}^k with first sign +1."""
+    return np.array(list(itertools.product((1,), *[(1, -1)] * (k - 1))))
+
+
+def cosine_network(k, p, amplitudes, phases):
+    """Neurons amplitude cos(phase + 2 pi zeta a/p), [r, k+1] of each, for every zeta, at norm 1.
+
+    All neurons of odd p have the same norm. The Nyquist neurons of even p have the share
+    r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1), and only the first 2^(k-1) rows.
+    """
+    half = 2 ** (k - 1)
+    angle = 2 * np.pi * np.arange(p) / p
+    r = 2 ** (-(k - 1) / 2)
+    neurons = []
+    for zeta in range(1, p // 2 + 1):
+        nyquist = 2 * zeta == p
+        rows = slice(half if nyquist else None)
+        x = amplitudes[rows, :, None] * np.cos(phases[rows, :, None] + zeta * angle)  # [r, k+1, p]
+        share = 1 if p == 2 else (r if nyquist else 2) / (p - 1 if p % 2 else p - 2 + r)
+        size = (share / len(x)) ** (1 / (k + 1))
+        neurons.append(size * x / np.sqrt((x**2).sum(axis=(1, 2), keepdims=True)))
+    x = np.concatenate(neurons).transpose(1, 2, 0)  # [k+1, p, m]
+    return {"u": xp.asarray(x[:k].copy()), "w": xp.asarray(x[k].T.copy())}
+
+
+def class_weights(k, p):  # -> [p], by Delta = y' - y; sum 1
+    """The wrong classes' weights under which every neuron of a max-margin network is optimal.
+
+    Uniform, 1/(p-1), for odd p (Def. 3.6). For even p, A + B (-1)^Delta makes the Nyquist frequency
+    worth as much as a pair.
+    """
+    r = 2 ** (-(k - 1) / 2) if p % 2 == 0 else 1
+    slope = (1 - r) / (p - 1 + r)  # B = slope (1 + A), A (p-1) = 1 + B
+    a = (1 + slope) / (p - 1 - slope)
+    q = a + slope * (1 + a) * (-1.0) ** np.arange(p)
+    q[0] = 0
+    return xp.asarray(q)
+
+
+def theory_check(params):
+    """Compare a network of norm 1 with Theorem 4.1 on all p^k inputs, by brute force.
+
+    -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]
+    """
+    k, p, m = params["u"].shape
+    gamma, q, buf = max_margin(k, p), class_weights(k, p), Buffers()
+    low, high, spread, deviation = math.inf, -math.inf, 0.0, 0.0
+    dual = {name: xp.zeros_like(x) for name, x in params.items()}
+    onehot = xp.eye(p)
+    for rows in blocks(p ** (k - 1), p * m * 8):
+        prefix = digits(xp.arange(rows.start, rows.stop), k - 1, p)
+        y = ((labels(prefix, p)[:, None] + xp.arange(p)) % p).reshape(-1)
+        logits, backward = mlp(params, prefix, buf=buf)
+        margin, _ = margins(logits, y)
+        wrong = logits[onehot[y] == 0].reshape(len(y), p - 1)
+        low, high = min(low, float(margin.min())), max(high, float(margin.max()))
+        spread = max(spread, float((wrong.max(axis=1) - wrong.min(axis=1)).max()))
+        deviation = max(deviation, float(xp.abs(logits - gamma * (onehot[y] - 1 / p)).max()))
+        weight = q[(xp.arange(p) - y[:, None]) % p]  # of each wrong class
+        for name, d in backward((onehot[y] - weight) / p**k).items():
+            dual[name] += d
+    size = neuron_norms(params)
+    scaled = {name: x.copy() for name, x in params.items()}
+    scale_neurons(scaled, (k + 1) * gamma * size ** (k - 1))
+    residual = max(float(xp.abs(dual[name] - scaled[name]).max()) for name in dual)
+    s = diagonal_dft(params)[1:]
+    rows = [("norm ||theta||_{2,k+1}", norm(params), 1, 1),
+            ("margin, smallest over inputs", low, gamma, gamma),
+            ("margin, largest over inputs", high, gamma, gamma),
+            ("spread over wrong classes (Cond. 3.8)", spread, 0, gamma),
+            ("|f - gamma* (1{c = sum a} - 1/p)|", deviation, 0, gamma),
+            ("margin bound from the weights", margin_bound(params), gamma, gamma),
+            ("S_j from the weights, smallest", float(s.real.min()), gamma * p**k, gamma * p**k),
+            ("S_j from the weights, largest", float(s.real.max()), gamma * p**k, gamma * p**k),
+            ("S_j imaginary part", float(xp.abs(s.imag).max()), 0, gamma * p**k)]
+    if 16 * p ** (k + 1) <= MAX_BYTES // 16:
+        f = xp.abs(network_dft(params))
+        j = xp.arange(1, p)
+        diagonal = (j,) * k + (p - j,)
+        rows += [("f^(j,..,j,-j), smallest (Lemma F.2)", float(f[diagonal].min()), gamma * p**k,
+                  gamma * p**k)]
+        f[diagonal] = 0
+        rows += [("f^ elsewhere, largest (Lemma F.2)", float(f.max()), 0, gamma * p**k)]
+    largest = float(max(xp.abs(x).max() for x in scaled.values()))
+    rows += [("dual condition, residual", residual, 0, largest)]
+    return [(what, got, wanted, abs(got - wanted) / unit) for what, got, wanted, unit in rows]
+
+
+def natural_scale(k, p, m, margin=10):
+    """The entry size (rms) at which m ideal neurons of equal norm have this margin on every input.
+
+    At common norm r the best network has the margin gamma* m r^(k+1) (Theorem 4.1), and a neuron
+    has (k+1) p entries. All settings below are measured in this unit, which makes them fit any k and p.
+    """
+    return (margin / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
+
+
+@dataclass
+class Run:
+    """A training run: all that its file holds, and so all that its next step depends on."""
+    config: dict
+    params: dict
+    first: dict  # AdamW's running means
+    second: dict
+    train: np.ndarray  # bool [p^k], see split
+    rng: np.random.Generator  # draws the batches
+    power_at_init: np.ndarray  # max_power of neuron_spectra before the first step, [k+1, m]
+    step: int = 0
+    seconds: float = 0.0
+    history: list = field(default_factory=list)  # one dict a line of progress
+
+    def __post_init__(self):
+        self.buf = Buffers()
+        self.index = np.flatnonzero(self.train)
+        rng = np.random.default_rng([self.config["seed"], 3])
+        some = lambda x: x if len(x) <= 4096 else x[rng.integers(0, len(x), 4096)]  # noqa: E731
+        self.samples = some(self.index), some(np.flatnonzero(~self.train))
+
+
+DEFAULTS = {"k": 3, "p": 23, "activation": "power", "train_fraction": 0.5, "max_margin": False,
+            "steps": 2000, "batch": 1024, "seed": 0, "dtype": "float32"}
+
+
+RANGES = {"steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63 - 1), "lr": (0, 1e3),
+          "weight_decay": (0, 1e6), "penalty": (0, 1e6)}
+
+
+def complete(config):
+    """Fill in the settings that are not given and check them all. Raises BadInput.
+
+    The rule behind the defaults, in units of s = natural_scale(k, p, m): PROVISIONAL
+    """
+    whole = {"train_fraction": 1.0, "batch": 2**30} if config.get("max_margin") else {}
+    config = {**DEFAULTS, **whole, **config}
+    k, p = config["k"], config["p"]
+    check_size(k, p)
+    config.setdefault("m", 2 ** (2*k - 2) * (p - 1))
+    check_size(k, p, config["m"])
+    for name, (low, high) in RANGES.items():
+        if name in config and not low <= config[name] <= high:
+            raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
+                           f"between {low} and {high}")
+    s = natural_scale(k, p, config["m"])
+    config.setdefault("init_std", s)
+    config.setdefault("equal", 0.7)
+    config.setdefault("lr", 0.03 * s)
+    config.setdefault("weight_decay", 0.3 / s)
+    config.setdefault("penalty", 0.03 * max_margin(k, p))
+    return config
+
+
+def new_run(config):
+    """A run at step 0. Split, weights and batches have random streams of their own."""
+    k, p, m, seed = (config[name] for name in ("k", "p", "m", "seed"))
+    stream = lambda i: np.random.default_rng([seed, i])  # noqa: E731
+    train = split(k, p, config["train_fraction"], stream(0))
+    params = init_mlp(k, p, m, config["init_std"], stream(1), config["dtype"])
+    zeros = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
+    return Run(config, params, *zeros, train, stream(2), neuron_spectra(params)["max_power"])
+
+
+def train_step(run):
+    """One step: batch, loss, gradients, penalty, AdamW, norms. -> loss, on the device."""
+    c, params = run.config, run.params
+    k, p, m = params["u"].shape
+    done = run.step / c["steps"]
+    equal = c["activation"] == "power" and done < c["equal"]
+    if c["batch"] < len(run.index):
+        batch = run.index[run.rng.integers(0, len(run.index), c["batch"])]
+        a = digits(xp.asarray(batch), k, p)
+    elif run.train.all():
+        a = digits(xp.arange(p ** (k - 1)), k - 1, p)
+    else:
+        a = digits(xp.asarray(run.index), k, p)
+    loss, grads = loss_and_gradients(params, a, c["activation"], run.buf)
+    lr = c["lr"] * min(1, (run.step + 1) / 10, (1 - done) / (1 - c["equal"]))
+    if equal:
+        margin = 10 * 0.03 ** (1 - done / c["equal"])
+        scale = natural_scale(k, p, m, margin)
+        lr *= scale / natural_scale(k, p, m)
+    else:
+        penalty(params, c["penalty"], k + 1, k + 1)[1](grads)
+    run.step += 1
+    adamw(params, grads, run.first, run.second, run.step, lr, 0 if equal else c["weight_decay"])
+    if equal:
+        scale_neurons(params, math.sqrt((k + 1) * p) * scale / neuron_norms(params))
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs: progress, report, and one .npz file each
+
+FORMAT, VERSION = "fourier-circuits run", 1
+
+
+def progress(run, loss):
+    """A line of history: the last batch's loss, accuracies on up to 4096 fixed inputs a part.
+
+    In a --max-margin run also the normalized margin over gamma*, on all of D_p.
+    """
+    c = run.config
+    k, p = c["k"], c["p"]
+    line = {"step": run.step, "loss": float(loss)}
+    for name, index in zip(("train_accuracy", "test_accuracy"), run.samples):
+        line[name] = None
+        if len(index):
+            a = digits(xp.asarray(index), k, p)
+            logits, _ = mlp(run.params, a, c["activation"], run.buf)
+            line[name] = float((margins(logits, labels(a, p))[0] > 0).mean())
+    s = neuron_spectra(run.params)
+    line["max_normalized_power"] = float(s["max_power"][:, s["live"]].mean())
+    line["single_frequency_fraction"] = float((s["concentration"][s["live"]] > 0.95).mean())
+    line["frequencies_used"] = len(set(s["frequency"][s["live"]].tolist()))
+    if c["max_margin"]:
+        line["margin_ratio"] = normalized_margin(run.params) / max_margin(k, p)
+    return line
+
+
+def report(run):
+    """What the network is and does, measured on all of D_p, as a dict ready for JSON."""
+    c, params = run.config, run.params
+    k, p, m = params["u"].shape
+    activation = c["activation"]
+    nu = k + 1 if activation == "power" else 2
+    s = neuron_spectra(params)
+    live = s["live"]
+    used = np.bincount(s["frequency"][live], minlength=p // 2 + 1)[1:]
+    whole = evaluate(mlp_logit_blocks(params, activation), run.train, k, p)
+    kept, rest = (evaluate(mlp_logit_blocks(x, activation), run.train, k, p)["accuracy"]
+                  for x in ablate(params))
+    margin = whole["margin"] / (norm(params, nu) ** nu or 1)
+    theory = max_margin(k, p) if activation == "power" else None
+    return {
+        **{name: c[name] for name in ("k", "p", "m", "activation", "train_fraction", "seed")},
+        "steps": run.step, "seconds": round(run.seconds, 2),
+        "train_accuracy": whole["train_accuracy"], "test_accuracy": whole["test_accuracy"],
+        "live_neurons": int(live.sum()),
+        "single_frequency_fraction": float((s["concentration"][live] > 0.95).mean()),
+        "max_normalized_power": float(s["max_power"][:, live].mean()),
+        "max_normalized_power_at_init": float(run.power_at_init.mean()),
+        "max_normalized_power_expected": expected_max_power(p),
+        "phase_error": float(s["phase_error"][live].mean()),
+        "frequencies_used": int((used > 0).sum()), "frequencies_total": p // 2,
+        "frequency_histogram": used.tolist(),
+        "margin": margin, "max_margin": theory,
+        "margin_ratio": theory and margin / theory,
+        "restricted_accuracy": kept, "excluded_accuracy": rest}
+
+
+def check_writable(path):
+    """Raise BadInput, before any work, if a run cannot be saved at path. Leaves what is there."""
+    part = f"{path}.part"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput(f"cannot write {path}: it is not a regular file")
+    try:
+        with open(part, "wb"):
+            pass
+        os.unlink(part)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+
+
+def save_run(path, run):
+    """Write a run to an .npz file, whole or not at all. Raises BadInput if that cannot be done."""
+    arrays = {f"{group} {name}": to_host(x) for group in ("params", "first", "second")
+              for name, x in getattr(run, group).items()}
+    meta = {"format": FORMAT, "version": VERSION, "config": run.config, "step": run.step,
+            "seconds": run.seconds, "history": run.history, "rng": run.rng.bit_generator.state}
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), train=np.packbits(run.train),
+                     power_at_init=run.power_at_init, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_run(path):
+    """Read a run back, without pickle. Raises BadInput for a file that is not a whole run."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(arrays["meta"]))
+        if meta["format"] != FORMAT:
+            raise ValueError
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
+    except Exception:  # a broken zip fails in many ways
+        raise BadInput(f"{path} is not a run file, or it is damaged") from None
+    if meta["version"] > VERSION:
+        raise BadInput(f"{path} was written by a newer version of this program (format "
+                       f"{meta['version']}, known: {VERSION}); update the program to read it")
+    try:
+        config = meta["config"]
+        k, p, m = (config[name] for name in ("k", "p", "m"))
+        groups = []
+        for group in ("params", "first", "second"):
+            shapes = {"u": (k, p, m), "w": (m, p)}
+            groups.append({name: xp.asarray(arrays[f"{group} {name}"].reshape(shape))
+                           for name, shape in shapes.items()})
+        train = np.unpackbits(arrays["train"], count=p**k).astype(bool)
+        rng = np.random.default_rng()
+        rng.bit_generator.state = meta["rng"]
+        return Run(config, *groups, train, rng, arrays["power_at_init"], meta["step"],
+                   meta["seconds"], meta["history"])
+    except (KeyError, ValueError, TypeError):
+        raise BadInput(f"{path} is damaged: its parts do not fit together") from None
