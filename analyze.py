@@ -7,6 +7,7 @@
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -32,6 +33,9 @@ def run_main(main):
         problem = error
     except MemoryError:
         problem = "out of memory; take a smaller k, p, m or batch"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -115,14 +119,19 @@ def print_lemma(run):
 # Figures
 
 
-def draw(run, directory):
-    """The paper's Figures 1 and 2 for this run, and its training curves, as PNG files."""
+def pyplot():
+    """matplotlib.pyplot. Raises BadInput where matplotlib is missing."""
     try:
         import matplotlib
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        return importlib.import_module("matplotlib.pyplot")
     except ImportError:
         raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
+
+
+def draw(run, directory):
+    """The paper's Figures 1 and 2 for this run, and its training curves, as PNG files."""
+    plt = pyplot()
     s = fc.neuron_spectra(run.params)
     vectors = fc.to_host(fc.neurons(run.params))
     k, p = len(vectors) - 1, vectors.shape[1]
@@ -186,13 +195,12 @@ def draw(run, directory):
 
 def print_theory(k, p):
     """Both networks against Theorem 4.1 on all p^k inputs."""
-    print(f"k = {k}, p = {p}: gamma* = {fc.max_margin(k, p):.6e}, "
-          f"{p**k} inputs, float64")
-    for name, build in (("the paper's", fc.paper_network), ("the rotated", fc.rotated_network)):
-        if name == "the paper's" and p % 2 == 0:
-            print("\nthe paper's network is for odd p")
-            continue
-        params = build(k, p)
+    networks = {"the rotated": fc.rotated_network(k, p)}
+    if p % 2:
+        networks = {"the paper's": fc.paper_network(k, p), **networks}
+    print(f"k = {k}, p = {p}: gamma* = {fc.max_margin(k, p):.6e}, {p**k} inputs, float64"
+          f"{'' if p % 2 else '; the paper constructs a network for odd p only'}")
+    for name, params in networks.items():
         print(f"\n{name} network, {params['w'].shape[0]} neurons\n"
               f"  {'':40s} {'measured':>22s} {'theorem':>22s}  relative error")
         for what, got, wanted, error in fc.theory_check(params):
@@ -216,6 +224,8 @@ def main(argv):
     if args.theory:
         print_theory(args.k, args.p)
         return 0
+    if args.figures:
+        pyplot()  # say so now if it is missing
     run = fc.load_run(args.run)
     r = fc.report(run)
     if args.json:

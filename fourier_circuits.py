@@ -751,11 +751,12 @@ class Run:
 
 
 DEFAULTS = {"k": 3, "p": 23, "activation": "power", "train_fraction": 0.5, "max_margin": False,
-            "steps": 2000, "batch": 1024, "seed": 0, "dtype": "float32"}
+            "steps": 2000, "batch": 1024, "seed": 0, "dtype": "float32", "beta2": 0.98}
+MAX_MARGIN = {"train_fraction": 1.0, "steps": 1000, "batch": 2**30, "beta2": 0.9}
 
 
 RANGES = {"steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63 - 1), "lr": (0, 1e3),
-          "weight_decay": (0, 1e6), "penalty": (0, 1e6)}
+          "weight_decay": (0, 1e6), "penalty": (0, 1e6), "beta2": (0, 1)}
 
 
 def complete(config):
@@ -763,8 +764,7 @@ def complete(config):
 
     The rule behind the defaults, in units of s = natural_scale(k, p, m): PROVISIONAL
     """
-    whole = {"train_fraction": 1.0, "batch": 2**30} if config.get("max_margin") else {}
-    config = {**DEFAULTS, **whole, **config}
+    config = {**DEFAULTS, **(MAX_MARGIN if config.get("max_margin") else {}), **config}
     k, p = config["k"], config["p"]
     check_size(k, p)
     config.setdefault("m", 2 ** (2*k - 2) * (p - 1))
@@ -774,11 +774,12 @@ def complete(config):
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
                            f"between {low} and {high}")
     s = natural_scale(k, p, config["m"])
-    config.setdefault("init_std", s)
-    config.setdefault("equal", 0.7)
+    best = config["max_margin"]
+    config.setdefault("init_std", 0.1 * s)
+    config.setdefault("equal", 0 if best or config["activation"] == "relu" else 0.7)
     config.setdefault("lr", 0.03 * s)
-    config.setdefault("weight_decay", 0.3 / s)
-    config.setdefault("penalty", 0.03 * max_margin(k, p))
+    config.setdefault("weight_decay", 0 if best else 0.3 / s)
+    config.setdefault("penalty", (0.1 if best else 0.03) * max_margin(k, p))
     return config
 
 
@@ -797,7 +798,7 @@ def train_step(run):
     c, params = run.config, run.params
     k, p, m = params["u"].shape
     done = run.step / c["steps"]
-    equal = c["activation"] == "power" and done < c["equal"]
+    equal = done < c["equal"]
     if c["batch"] < len(run.index):
         batch = run.index[run.rng.integers(0, len(run.index), c["batch"])]
         a = digits(xp.asarray(batch), k, p)
@@ -814,7 +815,8 @@ def train_step(run):
     else:
         penalty(params, c["penalty"], k + 1, k + 1)[1](grads)
     run.step += 1
-    adamw(params, grads, run.first, run.second, run.step, lr, 0 if equal else c["weight_decay"])
+    adamw(params, grads, run.first, run.second, run.step, lr, 0 if equal else c["weight_decay"],
+          (0.9, c["beta2"]))
     if equal:
         scale_neurons(params, math.sqrt((k + 1) * p) * scale / neuron_norms(params))
     return loss
@@ -925,12 +927,18 @@ def load_run(path):
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a broken zip fails in many ways
         raise BadInput(f"{path} is not a run file, or it is damaged") from None
-    if meta["version"] > VERSION:
-        raise BadInput(f"{path} was written by a newer version of this program (format "
-                       f"{meta['version']}, known: {VERSION}); update the program to read it")
     try:
-        config = meta["config"]
+        if meta["version"] > VERSION:
+            raise BadInput(f"{path} was written by a newer version of this program (format "
+                           f"{meta['version']}, known: {VERSION}); update the program to read it")
+        config, step = meta["config"], meta["step"]
         k, p, m = (config[name] for name in ("k", "p", "m"))
+        spectra, dtypes = arrays["power_at_init"], {x.dtype for x in arrays.values()}
+        if (complete(config) != config or not 0 <= step <= config["steps"]
+                or arrays["train"].shape != (-(-p**k // 8),) or spectra.shape != (k + 1, m)
+                or dtypes != {spectra.dtype, arrays["meta"].dtype, np.dtype("u1")}
+                or spectra.dtype != config["dtype"] or {len(x) for x in meta["history"]} > {0}):
+            raise ValueError
         groups = []
         for group in ("params", "first", "second"):
             shapes = {"u": (k, p, m), "w": (m, p)}
@@ -939,7 +947,8 @@ def load_run(path):
         train = np.unpackbits(arrays["train"], count=p**k).astype(bool)
         rng = np.random.default_rng()
         rng.bit_generator.state = meta["rng"]
-        return Run(config, *groups, train, rng, arrays["power_at_init"], meta["step"],
-                   meta["seconds"], meta["history"])
-    except (KeyError, ValueError, TypeError):
+        return Run(config, *groups, train, rng, spectra, step, meta["seconds"], meta["history"])
+    except (KeyError, ValueError, TypeError) as error:
+        if isinstance(error, BadInput) and "newer version" in str(error):
+            raise
         raise BadInput(f"{path} is damaged: its parts do not fit together") from None

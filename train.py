@@ -89,30 +89,31 @@ def claim(path, config):
 def train(run, out, save_every, resume_command):
     """Train to the last step, saving at the end, every save_every steps, and when stopped."""
     stopped = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopped.append(number))
+    handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     steps = run.config["steps"]
     every = max(1, steps // 50)
     progress = Progress(run)
     began = time.monotonic() - run.seconds
-    while run.step < steps and not stopped:
+    last = run.step == steps
+    while not last:
         loss = fc.train_step(run)
-        if run.step % every == 0 or run.step == steps:
-            line = fc.progress(run, loss)
-            if not math.isfinite(line["loss"]):
-                raise fc.BadInput(f"the loss is {line['loss']} at step {run.step}; "
-                                  "try a smaller --lr")
-            run.history.append(line)
-            progress.show(line, every)
+        last, stop = run.step == steps, bool(stopped)
+        log = last or run.step % every == 0
+        save = last or stop or save_every and run.step % save_every == 0
+        if (log or save) and not math.isfinite(float(loss)):
+            raise fc.BadInput(f"the loss is {float(loss)} at step {run.step}; try a smaller --lr")
+        if log:
+            run.history.append(fc.progress(run, loss))
+            progress.show(run.history[-1], every)
         run.seconds = time.monotonic() - began
-        if run.step == steps or save_every and run.step % save_every == 0:
+        if save:
             fc.save_run(out, run)
-    if run.step < steps:
-        fc.save_run(out, run)
-        print(f"\nstopped at step {run.step} and saved; go on with\n  {resume_command}")
-        sys.exit(128 + stopped[0])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+        if stop and not last:
+            print(f"\nstopped at step {run.step} and saved; go on with\n  {resume_command}")
+            sys.exit(128 + stopped[0])
+    for number, usual in handlers.items():
+        signal.signal(number, usual)
 
 
 def benchmark(run):
@@ -169,6 +170,7 @@ def main(argv):
                                   f"{own['resume']}: {run.config[name]}; leave it out to go on")
         if out != own["resume"]:
             claim(out, run.config)
+            fc.save_run(out, run)
     else:
         config = fc.complete(flags)
         out = out or f"mlp-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
@@ -182,7 +184,8 @@ def main(argv):
         again += ["--save-every", str(own["save_every"])]
     if own["device"] != "auto":
         again += ["--device", own["device"]]
-    train(run, out, own["save_every"], shlex.join(again))
+    with np.errstate(over="ignore", invalid="ignore"):  # train looks for them in the loss
+        train(run, out, own["save_every"], shlex.join(again))
     print_report(fc.report(run))
     print(f"  saved to {out}")
     return 0

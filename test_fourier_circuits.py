@@ -1,0 +1,890 @@
+"""Every formula by brute force, every gradient along random directions, every way to go wrong.
+
+    python -m pytest -q
+"""
+
+import inspect
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+import analyze
+import fourier_circuits as fc
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SIZES = [(2, 5), (2, 9), (2, 23), (3, 3), (3, 7), (4, 3), (4, 5), (5, 3), (5, 5)]  # odd, p <= k too
+EVEN = [(2, 2), (2, 6), (2, 10), (3, 2), (3, 8), (4, 4), (5, 2), (5, 4)]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    yield
+    fc.use_device("cpu")
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def gaussian(k, p, m, seed=0):
+    return fc.init_mlp(k, p, m, 1, rng(seed), "float64")
+
+
+def plain_mlp(params, a, activation="power"):
+    """Eq. 2 as it is printed."""
+    u, w = params["u"], params["w"]
+    z = sum(u[j][a[:, j]] for j in range(len(u)))
+    return (z ** len(u) if activation == "power" else np.maximum(z, 0)) @ w
+
+
+def check_gradient(f, gradients, inputs, seed=0):
+    """<gradient, v> against a central difference of the scalar f along a random direction v."""
+    v = [rng(seed + i).standard_normal(x.shape) for i, x in enumerate(inputs)]
+    h = 1e-5
+    plus, minus = (f(*[x + s * h * d for x, d in zip(inputs, v)]) for s in (1, -1))
+    exact = sum((g * d).sum() for g, d in zip(gradients, v))
+    assert exact == pytest.approx((plus - minus) / (2 * h), rel=1e-7, abs=1e-9)
+    assert abs(exact) > 1e-3  # a direction that could have shown an error
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_all_inputs_count_up():
+    assert fc.all_inputs(2, 3).tolist() == [[i, j] for i in range(3) for j in range(3)]
+    a = fc.all_inputs(4, 5)
+    assert a.tolist() == [list(x) for x in itertools.product(range(5), repeat=4)]
+    assert fc.labels(a, 5).tolist() == [sum(x) % 5 for x in a.tolist()]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.5, 1.0])
+def test_split_is_seeded_and_of_the_right_size(fraction):
+    mask = fc.split(3, 7, fraction, rng(1))
+    assert mask.shape == (343,) and mask.dtype == bool and mask.sum() == round(fraction * 343)
+    assert (mask == fc.split(3, 7, fraction, rng(1))).all()
+    assert fraction == 1 or (mask != fc.split(3, 7, fraction, rng(2))).any()
+
+
+def test_split_is_even():
+    """Each class gets its share, within five standard deviations of a fair draw."""
+    mask = fc.split(4, 11, 0.5, rng())
+    counts = np.bincount(fc.labels(fc.all_inputs(4, 11), 11)[mask], minlength=11)
+    assert abs(counts - 11**3 / 2).max() < 5 * math.sqrt(11**3) / 2
+
+
+@pytest.mark.parametrize("k, p, m", [(1, 5, 1), (2, 1, 1), (2, 5, 0), (6, 97, 1), (10**9, 10**9, 1),
+                                     (2, 5, 10**12)])
+def test_impossible_sizes_are_refused(k, p, m):
+    with pytest.raises(fc.BadInput):
+        fc.check_size(k, p, m)
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def test_embed_sum_gradient():
+    u, a = rng().standard_normal((3, 5, 4)), fc.all_inputs(3, 5)[::7]
+    weight = rng(1).standard_normal((len(a), 4))
+    z, backward = fc.embed_sum(u, a, fc.Buffers())
+    assert z == pytest.approx(sum(u[j][a[:, j]] for j in range(3)), rel=1e-14)
+    f = lambda u: (fc.embed_sum(u, a, fc.Buffers())[0] * weight).sum()
+    check_gradient(f, [backward(weight)], [u])
+
+
+def test_embed_grid_gradient():
+    u, prefix = rng().standard_normal((3, 5, 4)), fc.all_inputs(2, 5)[::3]
+    weight = rng(1).standard_normal((len(prefix) * 5, 4))
+    z, backward = fc.embed_grid(u, prefix, fc.Buffers())
+    whole = np.array([[*x, c] for x in prefix for c in range(5)])
+    assert z == pytest.approx(fc.embed_sum(u, whole, fc.Buffers())[0], rel=1e-13)
+    f = lambda u: (fc.embed_grid(u, prefix, fc.Buffers())[0] * weight).sum()
+    check_gradient(f, [backward(weight)], [u])
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6, 7])
+def test_power_gradient(k):
+    x, weight = rng().standard_normal((9, 4)), rng(1).standard_normal((9, 4))
+    h, backward = fc.power(x.copy(), k, fc.Buffers())
+    assert h == pytest.approx(x**k, rel=1e-13)
+    f = lambda x: (fc.power(x.copy(), k, fc.Buffers())[0] * weight).sum()
+    check_gradient(f, [backward(weight.copy())], [x])
+
+
+def test_relu_gradient():
+    x, weight = rng().standard_normal((9, 4)), rng(1).standard_normal((9, 4))
+    h, backward = fc.relu(x.copy(), fc.Buffers())
+    assert (h == np.maximum(x, 0)).all()
+    f = lambda x: (fc.relu(x.copy(), fc.Buffers())[0] * weight).sum()
+    check_gradient(f, [backward(weight.copy())], [x])
+
+
+def test_linear_gradient():
+    x, w, weight = (rng(i).standard_normal(shape) for i, shape in enumerate([(7, 4), (4, 5), (7, 5)]))
+    y, backward = fc.linear(x, w, fc.Buffers())
+    assert y == pytest.approx(x @ w, rel=1e-13)
+    f = lambda x, w: (fc.linear(x, w, fc.Buffers())[0] * weight).sum()
+    check_gradient(f, backward(weight), [x, w])
+
+
+def test_cross_entropy_gradient():
+    logits, y = 3 * rng().standard_normal((9, 5)), np.arange(9) % 5
+    loss, backward = fc.cross_entropy(logits, y)
+    soft = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert loss == pytest.approx(-np.log(soft[np.arange(9), y]).mean(), rel=1e-14)
+    check_gradient(lambda x: fc.cross_entropy(x, y)[0], [backward()], [logits])
+
+
+def test_cross_entropy_of_large_logits_is_finite_and_float64_stays_float64():
+    logits = np.array([[1e4, 0.0], [0.0, 1e4]])
+    loss, backward = fc.cross_entropy(logits, np.array([0, 0]))
+    assert loss == 5e3 and loss.dtype == backward().dtype == np.float64
+
+
+@pytest.mark.parametrize("activation", ["power", "relu"])
+@pytest.mark.parametrize("k, p", [(2, 5), (3, 4), (4, 3), (5, 3)])
+def test_network_gradient(k, p, activation):
+    """The whole network with its loss; on all inputs, the one-hot and the grid way agree."""
+    params, a = gaussian(k, p, 6), fc.all_inputs(k, p)
+    logits, _ = fc.mlp(params, a, activation)
+    assert logits == pytest.approx(plain_mlp(params, a, activation), rel=1e-11, abs=1e-11)
+    for name in params:
+        params[name] *= 0.5
+    f = lambda u, w: fc.loss_and_gradients({"u": u, "w": w}, a, activation)[0]
+    loss, grads = fc.loss_and_gradients(params, a, activation)
+    check_gradient(f, [grads["u"], grads["w"]], [params["u"], params["w"]])
+    for limit in (2**18, 200):  # in one block and in many
+        fc.BLOCK_BYTES = limit
+        loss_on_grid, on_grid = fc.loss_and_gradients(params, fc.all_inputs(k - 1, p) if k > 2
+                                                      else np.arange(p)[:, None], activation)
+        assert loss_on_grid == pytest.approx(loss, rel=1e-13)
+        for name in grads:
+            assert on_grid[name] == pytest.approx(grads[name], rel=1e-11, abs=1e-13)
+
+
+def test_blocks_of_a_large_batch_add_up(monkeypatch):
+    params, a = gaussian(3, 5, 6), fc.all_inputs(3, 5)[:101]
+    loss, grads = fc.loss_and_gradients(params, a)
+    monkeypatch.setattr(fc, "WHOLE_BYTES", 1000)
+    parts, in_parts = fc.loss_and_gradients(params, a)
+    assert parts == pytest.approx(loss, rel=1e-13)
+    for name in grads:
+        assert in_parts[name] == pytest.approx(grads[name], rel=1e-11, abs=1e-13)
+
+
+@pytest.mark.parametrize("degree, power", [(4, 4), (4, 1), (2, 1), (2, 2), (3, 2)])
+def test_penalty_gradient(degree, power):
+    """Def. 3.1 (power 1) and its power-nu form; Def. B.2's norm written out."""
+    params = gaussian(3, 5, 6)
+    size = [math.sqrt((params["u"][:, :, i] ** 2).sum() + (params["w"][i] ** 2).sum())
+            for i in range(6)]
+    assert fc.neuron_norms(params) == pytest.approx(size, rel=1e-14)
+    norm = sum(s**degree for s in size) ** (1 / degree)
+    assert fc.norm(params, degree) == pytest.approx(norm, rel=1e-14)
+    assert fc.penalty(params, 0.3, degree, power)[0] == pytest.approx(0.3 * norm**power, rel=1e-14)
+    grads = {name: np.ones_like(x) for name, x in params.items()}
+    fc.penalty(params, 0.3, degree, power)[1](grads)
+    f = lambda u, w: fc.penalty({"u": u, "w": w}, 0.3, degree, power)[0]
+    check_gradient(f, [grads["u"] - 1, grads["w"] - 1], [params["u"], params["w"]])
+
+
+# ------------------------------------------------------------------------------------------------
+# AdamW
+
+
+def test_adamw_by_hand():
+    """Two steps of one number, each line worked out from Algorithm 2 of Loshchilov and Hutter.
+
+    theta 1, lr 0.1, decay 0.5, betas (0.9, 0.98), eps 0.01; gradients 2, then -1.
+    Step 1: m = 0.2, v = 0.08; mhat = 0.2/0.1 = 2, vhat = 0.08/0.02 = 4; 2/(2 + 0.01) = 0.9950249;
+            theta = 1 (1 - 0.05) - 0.09950249 = 0.85049751.
+    Step 2: m = 0.18 - 0.1 = 0.08, v = 0.0784 + 0.02 = 0.0984; mhat = 0.08/0.19 = 0.42105263,
+            vhat = 0.0984/0.0396 = 2.48484848, root 1.57634030; 0.42105263/1.58634030 = 0.26542391;
+            theta = 0.85049751 * 0.95 - 0.026542391 = 0.78143025.
+    """
+    x, m, v = ({"u": np.full(1, value)} for value in (1.0, 0.0, 0.0))
+    for step, (g, expected) in enumerate([(2.0, 0.85049751), (-1.0, 0.78143025)], 1):
+        fc.adamw(x, {"u": np.full(1, g)}, m, v, step, 0.1, 0.5, (0.9, 0.98), 0.01)
+        assert x["u"][0] == pytest.approx(expected, abs=1e-8)
+
+
+def test_adamw_in_blocks_is_adamw(monkeypatch):
+    results = []
+    for limit in (2**18, 64):
+        monkeypatch.setattr(fc, "BLOCK_BYTES", limit)
+        params = gaussian(2, 5, 7)
+        first, second = ({name: np.zeros_like(x) for name, x in params.items()} for _ in range(2))
+        for step in range(1, 4):
+            fc.adamw(params, gaussian(2, 5, 7, step), first, second, step, 0.1, 0.2)
+        results.append(params)
+    assert all((results[0][name] == results[1][name]).all() for name in params)
+
+
+# ------------------------------------------------------------------------------------------------
+# Theory
+
+
+def test_gamma_star_of_the_paper():
+    for p in (3, 23, 97):
+        assert fc.max_margin(2, p) == pytest.approx(math.sqrt(2 / 27) / (math.sqrt(p) * (p - 1)))
+        assert fc.max_margin(3, p) == pytest.approx(3 / 16 / (p * (p - 1)))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6])
+def test_lemma_e1(k):
+    """2^k k! prod d_j = sum over signs of (prod s_j) (sum s_j d_j)^k."""
+    d = rng().standard_normal(k)
+    s = np.array(list(itertools.product((1, -1), repeat=k)))
+    whole = (s.prod(axis=1) * (s @ d) ** k).sum()
+    assert whole == pytest.approx(2**k * math.factorial(k) * d.prod(), rel=1e-11)
+    half = fc.signs(k)
+    assert half.shape == (2 ** (k - 1), k)
+    assert 2 * (half.prod(axis=1) * (half @ d) ** k).sum() == pytest.approx(whole, rel=1e-11)
+
+
+@pytest.mark.parametrize("k, p", SIZES)
+def test_paper_network_is_max_margin(k, p):
+    """Theorem 4.1, Lemmas 4.3 and F.2, Condition 3.8 and the dual, each to rounding."""
+    params = fc.paper_network(k, p)
+    assert params["u"].shape == (k, p, 2 ** (2*k - 2) * (p - 1))
+    assert max(error for _, _, _, error in fc.theory_check(params)) < 1e-12
+
+
+@pytest.mark.parametrize("k, p", SIZES + EVEN)
+def test_rotated_network_is_max_margin(k, p):
+    params = fc.rotated_network(k, p)
+    pairs, nyquist = (p - 1) // 2, 1 - p % 2
+    width = (k + 1) * 2 ** (k - 1) * pairs + 2 ** (k - 1) * nyquist
+    assert params["u"].shape == (k, p, width)
+    assert p % 2 == 0 or width == (k + 1) * 2**k * (p - 1) // 4
+    checks = fc.theory_check(params)
+    assert any("dual" in what for what, *_ in checks) and any("Lemma F.2" in w for w, *_ in checks)
+    assert max(error for _, _, _, error in checks) < 1e-12
+
+
+def test_max_margin_function_written_out():
+    """f(a)[c] = gamma* (1{c = sum a} - 1/p), from Eq. 2 as printed."""
+    for k, p, build in ((3, 5, fc.paper_network), (3, 5, fc.rotated_network),
+                        (2, 6, fc.rotated_network)):
+        a = fc.all_inputs(k, p)
+        f = fc.max_margin(k, p) * (np.eye(p)[fc.labels(a, p)] - 1 / p)
+        assert abs(plain_mlp(build(k, p), a) - f).max() < 1e-13 * fc.max_margin(k, p)
+
+
+def test_theory_check_sees_a_wrong_network():
+    """A phase off by 1e-6 in one neuron: the checks are no formality."""
+    params = fc.rotated_network(3, 7)
+    params["u"][0, :, 0] = np.roll(params["u"][0, :, 0], 1)
+    errors = {what: error for what, _, _, error in fc.theory_check(params)}
+    assert min(errors[what] for what in errors if "inputs" in what or "Lemma" in what
+               or "dual" in what or "wrong" in what) > 1e-3
+
+
+@pytest.mark.parametrize("k, p", [(2, 7), (3, 7), (3, 8), (4, 5)])
+def test_no_gaussian_network_beats_gamma_star(k, p):
+    """h <= both upper bounds from the weights; for odd p, E g' <= gamma* ||theta||^(k+1)."""
+    for seed in range(5):
+        params = gaussian(k, p, 5, seed)
+        h = fc.evaluate(fc.mlp_logit_blocks(params), np.ones(p**k, bool), k, p)["margin"]
+        mean, bound = fc.class_margin_from_weights(params), fc.margin_bound(params)
+        assert h <= bound <= mean + 1e-12
+        size = fc.norm(params) ** (k + 1)
+        assert fc.normalized_margin(params) == pytest.approx(h / size)
+        if p % 2:
+            assert mean <= fc.max_margin(k, p) * size and abs(fc.efficiency(params)).max() <= 1
+
+
+def test_frequency_subsets():
+    """A max-margin network restricted to frequencies Z has the margin that PAPER's formula gives."""
+    k, p = 3, 11
+    params = fc.rotated_network(k, p)
+    frequency = fc.neuron_spectra(params)["frequency"]
+    for chosen in ([1], [2, 5], [1, 3, 4], [1, 2, 3, 4, 5]):
+        keep = np.isin(frequency, chosen)
+        part = {"u": params["u"][:, :, keep], "w": params["w"][keep]}
+        delta = np.arange(1, p)
+        expected = (p - 1) / (p * len(chosen)) * min(
+            sum(1 - math.cos(2 * math.pi * z * d / p) for z in chosen) for d in delta)
+        got = fc.normalized_margin(part) / fc.max_margin(k, p)
+        assert got == pytest.approx(expected, rel=1e-11) and got > 0  # one frequency is enough
+
+
+# ------------------------------------------------------------------------------------------------
+# Margins and weights-only formulas
+
+
+@pytest.mark.parametrize("k, p", [(2, 7), (2, 6), (3, 5), (4, 4), (5, 3)])
+def test_formulas_from_the_weights(k, p):
+    """S_j, E g', the mean margins and the network's DFT, against all p^k inputs."""
+    params, a = gaussian(k, p, 5), fc.all_inputs(k, p)
+    f, y = plain_mlp(params, a), fc.labels(a, p)
+    margin, weighted = fc.margins(f, y)
+    rows = np.arange(len(a))
+    wrong = np.array([np.delete(f[i], y[i]) for i in rows])
+    assert margin == pytest.approx(f[rows, y] - wrong.max(axis=1), rel=1e-12)
+    assert weighted == pytest.approx(f[rows, y] - wrong.mean(axis=1), rel=1e-9, abs=1e-9)
+    train_mask = fc.split(k, p, 0.5, rng())
+    whole = fc.evaluate(fc.mlp_logit_blocks(params), train_mask, k, p)
+    right = f.argmax(axis=1) == y
+    assert whole["train_accuracy"] == right[train_mask].mean()
+    assert whole["test_accuracy"] == right[~train_mask].mean()
+    assert whole["margin"] == pytest.approx(margin.min(), rel=1e-12)
+    scale = abs(f).max()
+    assert whole["class_margin"] == pytest.approx(weighted.mean(), rel=1e-10, abs=1e-12 * scale)
+    assert fc.class_margin_from_weights(params) == pytest.approx(weighted.mean(), rel=1e-9,
+                                                                 abs=1e-12 * scale)
+    means = [(f[rows, y] - f[rows, (y + d) % p]).mean() for d in range(1, p)]
+    assert fc.margin_bound(params) == pytest.approx(min(means), rel=1e-9, abs=1e-12 * scale)
+    dft = np.fft.fftn(f.reshape((p,) * (k + 1)))
+    assert abs(fc.network_dft(params) - dft).max() < 1e-12 * abs(dft).max()
+    diagonal = [dft[(j,) * k + (-j % p,)] for j in range(1, p)]
+    assert abs(fc.diagonal_dft(params)[1:] - diagonal).max() < 1e-11 * abs(dft).max()
+
+
+@pytest.mark.parametrize("k, p", [(2, 7), (3, 11), (4, 9), (5, 5)])
+def test_efficiency_of_one_cosine_neuron(k, p):
+    """(k+1)^((k+1)/2) prod A / (sum A^2)^((k+1)/2) cos(sum theta_j - theta_w)."""
+    amplitude, phase = rng().uniform(0.5, 2, k + 1), rng(1).uniform(0, 6, k + 1)
+    x = amplitude[:, None] * np.cos(phase[:, None] + 2 * np.pi * 2 * np.arange(p) / p)
+    params = {"u": x[:k, :, None], "w": x[k][None]}
+    expected = ((k + 1) ** ((k + 1) / 2) * amplitude.prod() / (amplitude**2).sum() ** ((k + 1) / 2)
+                * math.cos(phase[:k].sum() - phase[k]))
+    assert fc.efficiency(params)[0] == pytest.approx(expected, rel=1e-11)
+    assert fc.efficiency(fc.rotated_network(k, p)) == pytest.approx(1, rel=1e-12)
+
+
+def test_natural_scale():
+    """The ideal network with entries of that size has margin 10 on every input."""
+    for k, p in ((2, 7), (3, 5), (4, 5)):
+        params = fc.paper_network(k, p)
+        m = params["w"].shape[0]
+        size = math.sqrt(sum((x**2).sum() for x in params.values()) / ((k + 1) * p * m))
+        scale = fc.natural_scale(k, p, m) / size
+        params = {name: scale * x for name, x in params.items()}
+        whole = fc.evaluate(fc.mlp_logit_blocks(params), np.ones(p**k, bool), k, p)
+        assert whole["margin"] == pytest.approx(10, rel=1e-11) == whole["largest_margin"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Fourier analysis
+
+
+@pytest.mark.parametrize("p", [2, 3, 8, 9, 23])
+def test_power_spectrum_folds(p):
+    x = rng().standard_normal((4, p))
+    full = abs(np.fft.fft(x)) ** 2
+    folded = fc.power_spectrum(x)
+    assert folded.shape == (4, p // 2 + 1)
+    for j in range(p // 2 + 1):
+        expected = full[:, j] + (full[:, -j] if 0 < 2 * j < p or 2 * j > p else 0)
+        assert folded[:, j] == pytest.approx(expected, rel=1e-12)
+    for zeta in range(1, p // 2 + 1):  # the last one too
+        assert fc.max_normalized_power(np.cos(2 * np.pi * zeta * np.arange(p) / p)) \
+            == pytest.approx(1)
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 8, 23, 47])
+def test_expected_max_power(p):
+    x = rng().standard_normal((40000, p))
+    power = fc.max_normalized_power(x)
+    error = power.std() / 200
+    assert fc.expected_max_power(p) == pytest.approx(power.mean(), abs=5 * error)
+    if p in (23, 47):
+        assert round(fc.expected_max_power(p), 3) == {23: 0.263, 47: 0.159}[p]
+
+
+@pytest.mark.parametrize("k, p", [(2, 7), (3, 9), (4, 8)])
+def test_neuron_spectra(k, p):
+    phase = rng().uniform(-3, 3, (k + 1, 20))
+    zeta = 1 + np.arange(20) % ((p - 1) // 2)
+    x = np.cos(phase[:, None] + 2 * np.pi * zeta * np.arange(p)[:, None] / p) + 0.1
+    x[..., -1] *= 0.01  # not live
+    s = fc.neuron_spectra({"u": x[:k], "w": x[k].T})
+    assert (s["frequency"] == zeta).all()
+    assert s["concentration"] == pytest.approx(0.5 / 0.51, rel=1e-12)
+    assert s["max_power"] == pytest.approx(0.5 / 0.51, rel=1e-12)
+    assert np.exp(1j * s["phases"]) == pytest.approx(np.exp(1j * phase), rel=1e-12)
+    error = np.exp(1j * (phase[:k].sum(axis=0) - phase[k]))
+    assert np.cos(s["phase_error"]) == pytest.approx(error.real, abs=1e-12)
+    assert s["phase_error"].min() >= 0
+    assert s["live"].sum() == 19 and not s["live"][-1]
+
+
+def test_ablate():
+    """Restricted and excluded add up; a max-margin network is all restricted, nothing excluded."""
+    params = gaussian(3, 8, 5)
+    kept, rest = fc.ablate(params)
+    for name in params:
+        assert kept[name] + rest[name] == pytest.approx(params[name], abs=1e-14)
+    assert fc.neuron_spectra(kept)["concentration"] == pytest.approx(1, rel=1e-12)
+    s, left = fc.neuron_spectra(params), fc.power_spectrum(fc.neurons(rest), axis=1)
+    assert left[:, s["frequency"], np.arange(5)].max() < 1e-25
+    for p in (7, 8):
+        params = fc.rotated_network(2, p)
+        kept, rest = fc.ablate(params)
+        assert max(abs(kept[name] - params[name]).max() for name in params) < 1e-15
+        assert max(abs(x).max() for x in rest.values()) < 1e-15
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+def small_run(**settings):
+    return fc.new_run(fc.complete({"k": 2, "p": 11, "steps": 40, "batch": 32, **settings}))
+
+
+def advance(run, steps):
+    for _ in range(steps):
+        loss = fc.train_step(run)
+        if run.step % 10 == 0:
+            run.history.append(fc.progress(run, loss))
+    return run
+
+
+def assert_same(a, b):
+    assert a.config == b.config and a.step == b.step and a.history == b.history
+    assert (a.train == b.train).all() and (a.power_at_init == b.power_at_init).all()
+    assert a.rng.bit_generator.state == b.rng.bit_generator.state
+    for group in ("params", "first", "second"):
+        for name, x in getattr(a, group).items():
+            y = getattr(b, group)[name]
+            assert x.dtype == y.dtype and (x == y).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation": "relu"}, {"dtype": "float64"},
+                                      {"max_margin": True}, {"p": 8}, {"k": 3, "p": 2}])
+def test_a_resumed_run_is_the_same_run(tmp_path, settings):
+    whole = advance(small_run(**settings), 40)
+    for stop in (0, 15, 33):
+        fc.save_run(tmp_path / "run.npz", advance(small_run(**settings), stop))
+        assert_same(advance(fc.load_run(tmp_path / "run.npz"), 40 - stop), whole)
+    assert os.listdir(tmp_path) == ["run.npz"]
+
+
+def test_training_finds_the_circuit():
+    """Half of 11^3 sums: the other half right, single frequencies, all of them, phases in order."""
+    run = fc.new_run(fc.complete({"k": 3, "p": 11, "steps": 1000, "batch": 256}))
+    advance(run, 1000)
+    r = fc.report(run)
+    assert r["train_accuracy"] == r["test_accuracy"] == r["restricted_accuracy"] == 1
+    assert r["single_frequency_fraction"] > 0.98 and r["frequencies_used"] == 5
+    assert r["phase_error"] < 0.03 and r["excluded_accuracy"] < 0.3
+    assert r["max_normalized_power"] > 0.95 > 0.6 > r["max_normalized_power_at_init"]
+    assert 0.2 < r["margin_ratio"] < 1
+    assert sum(r["frequency_histogram"]) == r["live_neurons"]
+
+
+def test_training_reaches_the_maximum_margin():
+    run = fc.new_run(fc.complete({"k": 2, "p": 7, "m": 96, "max_margin": True, "steps": 600}))
+    advance(run, 600)
+    ratio = fc.report(run)["margin_ratio"]
+    assert 0.99 < ratio < 1 + 1e-5 and run.history[-1]["margin_ratio"] == ratio
+
+
+# ------------------------------------------------------------------------------------------------
+# Scripts, as a user runs them
+
+
+def script(name, *argv, cwd, **settings):
+    """-> exit code, stdout, stderr"""
+    done = subprocess.run([sys.executable, os.path.join(HERE, name), *map(str, argv)], cwd=cwd,
+                          capture_output=True, text=True, **settings)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(capsys, monkeypatch, module, *argv):
+    """Run a script's main here; it must exit with 2 and one line on stderr. -> that line"""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        analyze.run_main(module.main)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n") and not captured.out
+    return captured.err
+
+
+TINY = ("--k", 2, "--p", 7, "--steps", 60, "--batch", 16)
+KEYS = """k p m steps seconds seed train_accuracy test_accuracy live_neurons single_frequency_fraction
+    max_normalized_power max_normalized_power_at_init phase_error frequencies_used frequencies_total
+    margin margin_ratio restricted_accuracy excluded_accuracy""".split()
+
+
+def test_train_then_analyze(tmp_path):
+    code, out, err = script("train.py", *TINY, cwd=tmp_path)
+    assert code == 0 and not err
+    assert "mlp-k2-p7-seed0.npz" in out and "\r" not in out
+    for words in ("accuracy", "live neurons", "single-frequency", "expected at random",
+                  "phase error", "of gamma*", "restricted", "excluded", "3 used", "seconds"):
+        assert words in out
+    code, text, err = script("analyze.py", "mlp-k2-p7-seed0.npz", cwd=tmp_path)
+    assert code == 0 and not err and "u_2" in text and "Lemma F.2" in text
+    report = out[out.index("2 numbers modulo 7"):out.index("  saved to")]
+    assert report in text  # the same report again
+    code, text, err = script("analyze.py", "mlp-k2-p7-seed0.npz", "--json", cwd=tmp_path)
+    r = json.loads(text)
+    assert code == 0 and set(KEYS) <= set(r)
+    assert (r["k"], r["p"], r["m"], r["steps"], r["frequencies_total"]) == (2, 7, 24, 60, 3)
+    code, again, _ = script("train.py", *TINY, cwd=tmp_path)  # the same settings: the same numbers
+    same = lambda text: [line.split(" s left")[0][:-4] for line in text.splitlines()
+                         if "seconds" not in line]
+    assert code == 0 and same(again) == same(out)
+
+
+def test_theory_prints_small_errors(tmp_path):
+    code, out, _ = script("analyze.py", "--theory", "--k", 3, "--p", 5, cwd=tmp_path)
+    errors = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("  ")
+              and "measured" not in line]
+    assert code == 0 and len(errors) == 24 and max(errors) < 1e-11
+
+
+def test_benchmark_prints_its_four_numbers(tmp_path):
+    code, out, _ = script("train.py", *TINY, "--benchmark", cwd=tmp_path)
+    assert code == 0 and not os.listdir(tmp_path)
+    values = {line.split("  ")[1]: float(line.split()[-2 if "MiB" in line else -1])
+              for line in out.splitlines() if "ratio" in line or "MiB" in line}
+    assert values["ratio"] > 0 and values["peak memory"] > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(tmp_path, number):
+    settings = ("--k", 3, "--p", 7, "--steps", 600, "--batch", 64)
+    code, _, _ = script("train.py", *settings, "--out", "whole.npz", cwd=tmp_path)
+    assert code == 0
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"),
+                                *map(str, settings), "--out", "part run.npz"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the first line of progress
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "stopped at step" in rest
+    command = rest.splitlines()[-1].strip()
+    assert command == "python train.py --resume 'part run.npz'"
+    assert 0 < fc.load_run(tmp_path / "part run.npz").step < 600
+    assert script("train.py", "--resume", "part run.npz", cwd=tmp_path)[0] == 0
+    assert_same(fc.load_run(tmp_path / "part run.npz"), fc.load_run(tmp_path / "whole.npz"))
+
+
+def test_a_killed_run_goes_on_from_its_last_save(tmp_path):
+    settings = ("--k", 3, "--p", 7, "--steps", 400, "--batch", 64)
+    script("train.py", *settings, "--out", "whole.npz", cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *map(str, settings),
+                                "--save-every", "50", "--out", "part.npz"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL)
+    while not os.path.exists(tmp_path / "part.npz"):
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert fc.load_run(tmp_path / "part.npz").step % 50 == 0
+    script("train.py", "--resume", "part.npz", cwd=tmp_path)
+    assert_same(fc.load_run(tmp_path / "part.npz"), fc.load_run(tmp_path / "whole.npz"))
+
+
+def test_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    script("train.py", *TINY, "--out", "run.npz", cwd=tmp_path)
+    code, _, err = script("analyze.py", "run.npz", "--figures", "new/figures", cwd=tmp_path)
+    assert code == 0 and len(os.listdir(tmp_path / "new" / "figures")) == len(err.splitlines()) > 2
+
+
+def test_without_matplotlib(tmp_path, capsys, monkeypatch):
+    fc.save_run(tmp_path / "run.npz", small_run())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = refused(capsys, monkeypatch, analyze, tmp_path / "run.npz", "--json", "--figures",
+                   tmp_path)
+    assert "pip install matplotlib" in line
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("argv", [
+    "--p 1", "--p 0", "--p -7", "--k 1", "--m 0", "--k two", "--p 2.5", "--p nan", "--p",
+    "--train-fraction 0", "--train-fraction 1.5", "--train-fraction nan", "--train-fraction -1",
+    "--train-fraction 1e-9", "--steps 0", "--steps -1", "--batch 0", "--lr -1", "--lr nan",
+    "--lr inf", "--weight-decay -1", "--weight-decay nan", "--seed -1", "--save-every -1",
+    "--k 6 --p 97", "--k 1000000000", "--p 1000000007", "--k 99999999 --p 99999999", "--m 10000000000",
+    "--activation tanh", "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
+    "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
+def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, monkeypatch, train, *argv.split())
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("argv", ["", "missing.npz", ".", "--theory run.npz", "--theory --p 1",
+                                  "--theory --k 1", "--theory --k 9 --p 97", "--theory --p x"])
+def test_bad_flags_of_analyze(argv, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, monkeypatch, analyze, *argv.split())
+
+
+def test_no_gpu(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(is_available=lambda: False))
+    assert "no GPU" in refused(capsys, monkeypatch, train, "--device", "gpu")
+    monkeypatch.setitem(sys.modules, "cupy", None)  # not installed
+    assert "no GPU" in refused(capsys, monkeypatch, train, "--device", "gpu")
+    assert fc.use_device("auto") == "cpu"
+
+
+def test_broken_files(tmp_path, capsys, monkeypatch):
+    fc.save_run(tmp_path / "run.npz", small_run())
+    whole = (tmp_path / "run.npz").read_bytes()
+    bad = tmp_path / "bad.npz"
+    for content in (b"", b"hello", whole[:100], whole[:len(whole) // 2], whole[:-1], whole[1:],
+                    whole[:len(whole) // 2] + b"X" * 64 + whole[len(whole) // 2 + 64:]):
+        bad.write_bytes(content)
+        refused(capsys, monkeypatch, analyze, bad)
+        refused(capsys, monkeypatch, train, "--resume", bad)
+        assert bad.read_bytes() == content
+        refused(capsys, monkeypatch, train, "--out", bad)  # not ours: left alone
+        assert bad.read_bytes() == content
+    np.savez(bad, u=np.zeros(3))  # a foreign file
+    assert "not a run file" in refused(capsys, monkeypatch, analyze, bad)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    refused(capsys, monkeypatch, analyze, tmp_path / "array.npy")
+    np.savez(bad, meta=np.array([object()]))  # pickled
+    refused(capsys, monkeypatch, analyze, bad)
+    arrays = dict(np.load(tmp_path / "run.npz"))
+    for change in ({"params u": np.zeros(3)}, {"params w": np.array(["x"] * 440)},
+                   {"train": np.zeros(3, np.uint8)}, {"power_at_init": np.zeros(3)}, {"meta": None}):
+        np.savez(bad, **{**arrays, **change} if change != {"meta": None}
+                 else {x: y for x, y in arrays.items() if x != "meta"})
+        refused(capsys, monkeypatch, analyze, bad)
+    meta = json.loads(str(arrays["meta"]))
+    for change in ({"version": fc.VERSION + 1}, {"version": "new"}, {"config": {}}, {"config": 3},
+                   {"step": "x"}, {"rng": {}}, {"history": 3}, {"config": {**meta["config"], "p": 13}}):
+        np.savez(bad, **{**arrays, "meta": np.array(json.dumps({**meta, **change}))})
+        line = refused(capsys, monkeypatch, analyze, bad)
+        assert ("newer version" in line) == (change == {"version": fc.VERSION + 1})
+
+
+def test_resume_with_other_flags(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run.npz"
+    fc.save_run(path, advance(small_run(), 10))
+    before = path.read_bytes()
+    for argv in (("--p", 13), ("--steps", 50), ("--lr", 0.1), ("--max-margin",), ("--seed", 1)):
+        assert "disagrees" in refused(capsys, monkeypatch, train, "--resume", path, *argv)
+    assert path.read_bytes() == before
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(path), "--p", "11"])
+    with pytest.raises(SystemExit) as stop:
+        analyze.run_main(train.main)
+    assert stop.value.code == 0 and fc.load_run(path).step == 40
+
+
+def test_another_run_is_not_overwritten(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run.npz"
+    fc.save_run(path, advance(small_run(), 10))
+    before = path.read_bytes()
+    same = ("--k", 2, "--p", 11, "--steps", 40, "--batch", 32, "--out", path)
+    assert "--resume" in refused(capsys, monkeypatch, train, *same)
+    assert "other settings" in refused(capsys, monkeypatch, train, *same, "--seed", 1)
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path, run = tmp_path / "run.npz", small_run()
+    fc.save_run(path, run)
+    before = path.read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(fc.BadInput, match="No space left"):
+        fc.save_run(path, run)
+    assert os.listdir(tmp_path) == ["run.npz"] and path.read_bytes() == before
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    code, _, err = script("train.py", *TINY, "--lr", 1000, cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "--lr" in err
+
+
+# ------------------------------------------------------------------------------------------------
+# A stand-in for CuPy: its own array class, no conversion to or from numpy behind one's back, only
+# functions and keywords that CuPy has. What runs on it keeps to CuPy's subset of numpy; whether it
+# runs on a GPU only a GPU can tell (the last test).
+
+CUPY = {name: set(words.split()) for name, words in {
+    "eye": "dtype", "matmul": "out", "arange": "dtype", "add": "out", "multiply": "out",
+    "divide": "out", "maximum": "out", "exp": "out", "log": "out", "sqrt": "out", "abs": "out",
+    "einsum": "", "empty": "dtype", "empty_like": "dtype", "zeros_like": "dtype", "full": "dtype",
+    "concatenate": "axis", "angle": "", "conj": "", "fft.fft": "axis", "fft.rfft": "axis",
+    "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
+METHODS = {name: set(words.split()) for name, words in {
+    "sum": "axis dtype keepdims", "mean": "axis", "max": "axis keepdims", "min": "axis",
+    "prod": "axis", "argmax": "axis", "take": "axis", "reshape": "", "copy": "", "astype": "",
+    "transpose": ""}.items()}
+ATTRIBUTES = {"shape", "ndim", "dtype", "itemsize", "nbytes", "size"}
+OPERATORS = """add sub mul truediv floordiv mod pow matmul and or lt le gt ge eq ne""".split()
+
+
+class Array:
+    """An array on a pretended GPU."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, x):
+        self.hidden = np.asarray(x)
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("implicit conversion to a numpy array")
+
+    def __getattr__(self, name):
+        if name in ATTRIBUTES:
+            return getattr(self.hidden, name)
+        if name in ("T", "real", "imag"):
+            return Array(getattr(self.hidden, name))
+        if name in METHODS:
+            return on_device(getattr(self.hidden, name), METHODS[name])
+        raise AttributeError(name)
+
+    def __len__(self):
+        return len(self.hidden)
+
+    def __getitem__(self, key):
+        return Array(self.hidden[reveal(key)])
+
+    def __setitem__(self, key, value):
+        self.hidden[reveal(key)] = reveal(value)
+
+    def __neg__(self):
+        return Array(-self.hidden)
+
+    def __float__(self):
+        return float(self.hidden)
+
+    def __bool__(self):
+        return bool(self.hidden)
+
+
+def reveal(x):
+    """The numpy array inside; a bare numpy array where one on the GPU belongs is an error."""
+    if isinstance(x, Array):
+        return x.hidden
+    if isinstance(x, np.ndarray):
+        raise TypeError("implicit conversion from a numpy array")
+    return type(x)(map(reveal, x)) if isinstance(x, (list, tuple)) else x
+
+
+def on_device(f, keywords):
+    def call(*args, **kwargs):
+        assert set(kwargs) <= keywords, f"CuPy's {f} does not take {set(kwargs) - keywords}"
+        result = f(*map(reveal, args), **{name: reveal(x) for name, x in kwargs.items()})
+        return kwargs["out"] if "out" in kwargs else Array(result)
+    return call
+
+
+def operator(name):
+    def call(self, other):
+        return Array(getattr(self.hidden, name)(np.asarray(reveal(other))
+                                                if name.startswith("__r") else reveal(other)))
+    return call
+
+
+def in_place(name):
+    def call(self, other):
+        getattr(self.hidden, name)(reveal(other))
+        return self
+    return call
+
+
+for each in OPERATORS:
+    setattr(Array, f"__{each}__", operator(f"__{each}__"))
+    if each not in ("lt", "le", "gt", "ge", "eq", "ne"):
+        setattr(Array, f"__r{each}__", operator(f"__r{each}__"))
+        setattr(Array, f"__i{each}__", in_place(f"__i{each}__"))
+
+
+def stand_in():
+    module = types.SimpleNamespace(
+        is_available=lambda: True, inf=np.inf, finfo=np.finfo, asarray=lambda x: Array(x.copy()),
+        asnumpy=lambda x: x.hidden.copy(), fft=types.SimpleNamespace())
+    for name, keywords in CUPY.items():
+        f = np
+        for part in name.split("."):
+            f = getattr(f, part)
+        where = module.fft if "." in name else module
+        setattr(where, name.split(".")[-1], on_device(f, keywords))
+    return module
+
+
+def test_the_stand_in_is_strict():
+    cupy = stand_in()
+    x = cupy.asarray(np.ones(3))
+    for wrong in (lambda: x + np.ones(3), lambda: np.ones(3) + x, lambda: np.sqrt(x),
+                  lambda: cupy.sqrt(np.ones(3)), lambda: x[np.arange(2)], lambda: np.asarray(x)):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(AttributeError):
+        cupy.apply_along_axis
+    with pytest.raises(AssertionError):
+        cupy.sqrt(x, where=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"k": 3, "p": 6}, {"activation": "relu"},
+                                      {"max_margin": True}])
+def test_training_and_analysis_on_the_stand_in(settings, tmp_path, monkeypatch, capsys):
+    """The same numbers as on the CPU, from the first random draw to the printed report."""
+    expected = advance(small_run(**settings), 20)
+    report = fc.report(expected)
+    monkeypatch.setitem(sys.modules, "cupy", stand_in())
+    assert fc.use_device("gpu") == "gpu"
+    run = advance(small_run(**settings), 20)
+    assert all(isinstance(x, Array) for x in run.params.values())
+    assert fc.report(run) == pytest.approx(report, rel=1e-6)
+    fc.save_run(tmp_path / "run.npz", run)
+    assert analyze.main([str(tmp_path / "run.npz"), "--device", "gpu"]) == 0
+    assert "Lemma F.2" in capsys.readouterr().out
+    fc.use_device("cpu")
+    for name, x in fc.load_run(tmp_path / "run.npz").params.items():
+        assert x == pytest.approx(expected.params[name], rel=1e-3, abs=1e-6)
+
+
+def test_theory_on_the_stand_in(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", stand_in())
+    fc.use_device("gpu")
+    for build, k, p in ((fc.paper_network, 3, 5), (fc.rotated_network, 2, 6)):
+        assert max(error for *_, error in fc.theory_check(build(k, p))) < 1e-12
+        assert float(fc.efficiency(build(k, p)).max()) > 0
+
+
+def test_real_cupy_has_what_the_stand_in_has():
+    cupy = pytest.importorskip("cupy")
+    for name, keywords in CUPY.items():
+        f = cupy
+        for part in name.split("."):
+            f = getattr(f, part)
+        try:
+            signature = inspect.signature(f).parameters
+        except (TypeError, ValueError):
+            continue  # a ufunc, which takes out
+        assert keywords <= set(signature), name
+    for name in [*METHODS, *ATTRIBUTES, "T", "real", "imag"]:
+        assert hasattr(cupy.ndarray, name)
+
+
+def test_real_cupy_on_a_gpu():
+    cupy = pytest.importorskip("cupy")
+    if not cupy.is_available():
+        pytest.skip("no GPU here")
+    expected = advance(small_run(dtype="float64"), 20)
+    fc.use_device("gpu")
+    run = advance(small_run(dtype="float64"), 20)
+    for name, x in run.params.items():
+        assert fc.to_host(x) == pytest.approx(expected.params[name], rel=1e-6, abs=1e-9)
+    assert max(error for *_, error in fc.theory_check(fc.paper_network(3, 5))) < 1e-11
