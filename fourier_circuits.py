@@ -31,6 +31,7 @@ Gradients are d + the name: dz is the gradient of the loss with respect to z.
 import itertools
 import json
 import math
+import operator
 import os
 import zipfile
 from dataclasses import dataclass, field
@@ -235,16 +236,15 @@ def linear(x, w, buf):  # [n, m], [m, p] -> [n, p]
 
 def cross_entropy(logits, y):  # [n, p], [n] -> scalar
     """Mean of -log softmax(logits)[y]."""
-    rows = xp.arange(len(y))
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    exp = xp.exp(shifted)
+    rows, n = xp.arange(len(y)), len(y)
+    top = logits.max(axis=1, keepdims=True)
+    exp = xp.exp(logits - top)
     total = exp.sum(axis=1, keepdims=True)
-    loss = (xp.log(total[:, 0]) - shifted[rows, y]).mean()
+    loss = ((xp.log(total) + top)[:, 0] - logits[rows, y]).mean()
 
-    def backward():  # softmax - onehot, over n
-        dlogits = exp / total
-        dlogits[rows, y] -= 1
-        dlogits /= len(y)
+    def backward():  # (softmax - onehot) / n
+        dlogits = exp / (n * total)
+        dlogits[rows, y] -= 1 / n
         return dlogits
 
     return loss, backward
@@ -315,6 +315,30 @@ def loss_and_gradients(params, a, activation="power", buf=None):
         for name, d in dparams.items():
             grads[name] += d
     return loss, grads
+
+
+def interaction(params, a):  # [n, k] -> scalar, {"u": du, "w": dw}
+    """-k! mean_a sum_i u_{i,1}(a_1) .. u_{i,k}(a_k) w_i(a_1 + .. + a_k), and its gradients.
+
+    Of all terms of z^k only this one, the product of all k numbers' parts, can tell one sum from
+    another: where no u_j and w has a mean, all others average to 0 over D_p, and this one is, up to
+    (p-1)/p, the mean class-weighted margin (Lemma 4.2). Each neuron here stands by itself.
+    """
+    u, w = params["u"], params["w"]
+    k, p, m = u.shape
+    eye = xp.eye(p, dtype=u.dtype)
+    scale = -math.factorial(k) / len(a)
+    onehot = [eye[a[:, j]] for j in range(k)] + [scale * eye[labels(a, p)]]
+    value, du, dw = 0, xp.empty_like(u), xp.empty_like(w)
+    for part in blocks(m, len(a) * u.dtype.itemsize):
+        x = [onehot[j] @ u[j][:, part] for j in range(k)] + [onehot[k] @ w[part].T]  # [n, part]
+        before = [1, *itertools.accumulate(x[:-1], operator.mul)]
+        after = [1, *itertools.accumulate(x[:0:-1], operator.mul)][::-1]
+        for j in range(k):
+            du[j][:, part] = onehot[j].T @ (before[j] * after[j])
+        value = value + (before[k] * x[k]).sum()
+        dw[part] = (onehot[k].T @ before[k]).T
+    return value, {"u": du, "w": dw}
 
 
 # ------------------------------------------------------------------------------------------------

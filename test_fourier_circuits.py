@@ -173,6 +173,18 @@ def test_network_gradient(k, p, activation):
             assert on_grid[name] == pytest.approx(grads[name], rel=1e-11, abs=1e-13)
 
 
+@pytest.mark.parametrize("k, p", [(2, 7), (3, 5), (4, 3), (5, 4)])
+def test_interaction(k, p, monkeypatch):
+    """Its gradient; over D_p and zero-mean neurons it is the class-weighted margin (Lemma 4.2)."""
+    params, a = gaussian(k, p, 6), fc.all_inputs(k, p)
+    monkeypatch.setattr(fc, "BLOCK_BYTES", 4 * len(a) * 8)  # several blocks of neurons
+    f = lambda u, w: fc.interaction({"u": u, "w": w}, a[::2])[0]
+    check_gradient(f, fc.interaction(params, a[::2])[1].values(), params.values())
+    params = {name: x - x.mean(axis=1, keepdims=True) for name, x in params.items()}
+    margin = fc.margins(plain_mlp(params, a), fc.labels(a, p))[1].mean()
+    assert -fc.interaction(params, a)[0] * p / (p - 1) == pytest.approx(margin, rel=1e-9)
+
+
 def test_blocks_of_a_large_batch_add_up(monkeypatch):
     params, a = gaussian(3, 5, 6), fc.all_inputs(3, 5)[:101]
     loss, grads = fc.loss_and_gradients(params, a)
