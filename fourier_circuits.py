@@ -134,7 +134,7 @@ def all_inputs(k, p):
 
 def labels(a, p):  # [n, k] -> [n]
     """a_1 + .. + a_k mod p."""
-    return a.sum(axis=1) % p
+    return sum(a.T) % p
 
 
 def split(k, p, fraction, rng):
@@ -162,7 +162,7 @@ def embed_sum(u, a, buf):  # [k, p, m], [n, k] -> [n, m]
     The product beats a gather forward and a scatter backward, and adds in a fixed order on a GPU.
     """
     k, p, m = u.shape
-    x = xp.eye(p, dtype=u.dtype)[a].reshape(len(a), k * p)
+    x = xp.take(xp.eye(p, dtype=u.dtype), a, axis=0).reshape(len(a), k * p)
     z = xp.matmul(x, u.reshape(k * p, m), out=buf("z", (len(a), m), u.dtype))
 
     def backward(dz):
@@ -175,7 +175,7 @@ def embed_grid(u, prefix, buf):  # [k, p, m], [n, k-1] -> [n p, m]
     """embed_sum for prefixes (a_1 .. a_{k-1}), each with all p values of a_k: a broadcast sum."""
     k, p, m = u.shape
     n = len(prefix)
-    x = xp.eye(p, dtype=u.dtype)[prefix].reshape(n, (k - 1) * p)
+    x = xp.take(xp.eye(p, dtype=u.dtype), prefix, axis=0).reshape(n, (k - 1) * p)
     z = buf("z", (n, p, m), u.dtype)
     xp.add((x @ u[:-1].reshape((k - 1) * p, m))[:, None], u[-1], out=z)
 
@@ -237,15 +237,17 @@ def linear(x, w, buf):  # [n, m], [m, p] -> [n, p]
 def cross_entropy(logits, y):  # [n, p], [n] -> scalar
     """Mean of -log softmax(logits)[y]."""
     rows, n = xp.arange(len(y)), len(y)
-    top = logits.max(axis=1, keepdims=True)
-    exp = xp.exp(logits - top)
-    total = exp.sum(axis=1, keepdims=True)
-    loss = ((xp.log(total) + top)[:, 0] - logits[rows, y]).mean()
+    x = xp.ascontiguousarray(logits.T)  # [p, n]: numpy's sums are fast across the short axis
+    top = x.max(axis=0)
+    exp = xp.exp(x - top)
+    total = exp.sum(axis=0)
+    loss = (xp.log(total) + top - x[y, rows]).mean()
 
     def backward():  # (softmax - onehot) / n
-        dlogits = exp / (n * total)
-        dlogits[rows, y] -= 1 / n
-        return dlogits
+        dx = exp / (n * total)
+        dx[y, rows] -= 1 / n
+        return dx.T
+
 
     return loss, backward
 
@@ -406,20 +408,20 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
     from 1. eps is tiny by default: the gradients of a small network are themselves below 1e-8.
     """
     beta1, beta2 = betas
-    size = lr / (1 - beta1**step)  # bias corrections, taken out of the arrays
-    root = 1 / math.sqrt(1 - beta2**step)
+    root = math.sqrt(1 - beta2**step)  # the bias corrections, taken out of the arrays
+    size = lr * root / (1 - beta1**step)
     for name in params:
         x, g, m, v = (d[name].reshape(-1) for d in (params, grads, first, second))
         for part in blocks(len(x), 2 * x.itemsize):
             xi, gi, mi, vi = x[part], g[part], m[part], v[part]
             mi += (1 - beta1) * (gi - mi)
             vi += (1 - beta2) * (gi * gi - vi)
+            if weight_decay:
+                xi *= 1 - lr * weight_decay
             t = xp.sqrt(vi)
-            t *= root
-            t += eps
+            t += eps * root
             xp.divide(mi, t, out=t)
             t *= size
-            xi *= 1 - lr * weight_decay
             xi -= t
 
 
@@ -768,10 +770,15 @@ class Run:
 
     def __post_init__(self):
         self.buf = Buffers()
-        self.index = np.flatnonzero(self.train)
-        rng = np.random.default_rng([self.config["seed"], 3])
+        c = self.config
+        index, k = np.flatnonzero(self.train), c["k"]
+        if c["batch"] >= len(index) == c["p"] ** k:
+            index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p: prefixes will do
+        self.inputs = digits(xp.asarray(index), k, c["p"])
+        rng = np.random.default_rng([c["seed"], 3])
         some = lambda x: x if len(x) <= 4096 else x[rng.integers(0, len(x), 4096)]  # noqa: E731
-        self.samples = some(self.index), some(np.flatnonzero(~self.train))
+        self.samples = [digits(xp.asarray(some(np.flatnonzero(part))), c["k"], c["p"])
+                        for part in (self.train, ~self.train)]
 
 
 DEFAULTS = {"k": 3, "p": 23, "activation": "power", "train_fraction": 0.5, "max_margin": False,
@@ -823,13 +830,9 @@ def train_step(run):
     k, p, m = params["u"].shape
     done = run.step / c["steps"]
     equal = done < c["equal"]
-    if c["batch"] < len(run.index):
-        batch = run.index[run.rng.integers(0, len(run.index), c["batch"])]
-        a = digits(xp.asarray(batch), k, p)
-    elif run.train.all():
-        a = digits(xp.arange(p ** (k - 1)), k - 1, p)
-    else:
-        a = digits(xp.asarray(run.index), k, p)
+    a = run.inputs
+    if c["batch"] < len(a):
+        a = a[xp.asarray(run.rng.integers(0, len(a), c["batch"]))]
     loss, grads = loss_and_gradients(params, a, c["activation"], run.buf)
     lr = c["lr"] * min(1, (run.step + 1) / 10, (1 - done) / (1 - c["equal"]))
     if equal:
@@ -860,10 +863,9 @@ def progress(run, loss):
     c = run.config
     k, p = c["k"], c["p"]
     line = {"step": run.step, "loss": float(loss)}
-    for name, index in zip(("train_accuracy", "test_accuracy"), run.samples):
+    for name, a in zip(("train_accuracy", "test_accuracy"), run.samples):
         line[name] = None
-        if len(index):
-            a = digits(xp.asarray(index), k, p)
+        if len(a):
             logits, _ = mlp(run.params, a, c["activation"], run.buf)
             line[name] = float((margins(logits, labels(a, p))[0] > 0).mean())
     s = neuron_spectra(run.params)

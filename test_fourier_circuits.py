@@ -735,7 +735,7 @@ CUPY = {name: set(words.split()) for name, words in {
     "eye": "dtype", "matmul": "out", "arange": "dtype", "add": "out", "multiply": "out",
     "divide": "out", "maximum": "out", "exp": "out", "log": "out", "sqrt": "out", "abs": "out",
     "einsum": "", "empty": "dtype", "empty_like": "dtype", "zeros_like": "dtype", "full": "dtype",
-    "concatenate": "axis", "angle": "", "conj": "", "fft.fft": "axis", "fft.rfft": "axis",
+    "concatenate": "axis", "angle": "", "conj": "", "ascontiguousarray": "", "take": "axis", "fft.fft": "axis", "fft.rfft": "axis",
     "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
 METHODS = {name: set(words.split()) for name, words in {
     "sum": "axis dtype keepdims", "mean": "axis", "max": "axis keepdims", "min": "axis",
@@ -767,6 +767,9 @@ class Array:
 
     def __len__(self):
         return len(self.hidden)
+
+    def __iter__(self):
+        return map(Array, self.hidden)
 
     def __getitem__(self, key):
         return Array(self.hidden[reveal(key)])

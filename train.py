@@ -119,7 +119,7 @@ def train(run, out, save_every, resume_command):
 def benchmark(run):
     """Time whole steps and, in turn with them, the step's five matrix products alone."""
     k, p, m = run.params["u"].shape
-    n = min(run.config["batch"], len(run.index))
+    n = min(run.config["batch"], len(run.inputs))
     rng, dtype = np.random.default_rng(0), run.config["dtype"]
     draw = lambda *shape: fc.xp.asarray(rng.standard_normal(shape, dtype))  # noqa: E731
     x, u, h, w, logits = draw(n, k * p), draw(k * p, m), draw(n, m), draw(m, p), draw(n, p)
