@@ -176,7 +176,7 @@ def draw(run, directory):
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3))
     steps = [line["step"] for line in run.history]
-    for axis, keys in zip(axes, (["loss"], ["train_accuracy", "test_accuracy"],
+    for axis, keys in zip(axes, (["train_loss", "test_loss"], ["train_accuracy", "test_accuracy"],
                                  ["max_normalized_power", "single_frequency_fraction",
                                   "margin_ratio"])):
         for key in keys:

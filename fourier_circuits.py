@@ -781,36 +781,54 @@ class Run:
                         for part in (self.train, ~self.train)]
 
 
-DEFAULTS = {"k": 3, "p": 23, "activation": "power", "train_fraction": 0.5, "max_margin": False,
-            "steps": 2000, "batch": 1024, "seed": 0, "dtype": "float32", "beta2": 0.98}
-MAX_MARGIN = {"train_fraction": 1.0, "steps": 1000, "batch": 2**30, "beta2": 0.9}
-
-
-RANGES = {"steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63 - 1), "lr": (0, 1e3),
-          "weight_decay": (0, 1e6), "penalty": (0, 1e6), "beta2": (0, 1)}
+DEFAULTS = {"k": 3, "p": 23, "activation": "power", "max_margin": False, "train_fraction": 0.5,
+            "steps": 1500, "batch": 1024, "seed": 0, "dtype": "float32", "alone": 0.5, "equal": 0.7,
+            "init_std": 1, "lr": 0.05, "weight_decay": 0.3, "penalty": 0.05, "beta2": 0.98}
+OTHERWISE = {
+    "max_margin": {"train_fraction": 1, "steps": 1000, "batch": 2**30, "alone": 0, "equal": 0,
+                   "init_std": 0.1, "lr": 0.03, "weight_decay": 0, "penalty": 0.1, "beta2": 0.95},
+    "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 0.7, "penalty": 0}}
+RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
+          "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (0, 1e6), "lr": (0, 1e3),
+          "weight_decay": (0, 1e6), "penalty": (0, 1e6)}
 
 
 def complete(config):
-    """Fill in the settings that are not given and check them all. Raises BadInput.
+    """Fill in the settings that are not given, and check them. Raises BadInput.
 
-    The rule behind the defaults, in units of s = natural_scale(k, p, m): PROVISIONAL
+    The rule behind the defaults is one for all k and p, in units of s = natural_scale(k, p, m):
+    DEFAULTS and OTHERWISE hold init_std / s, lr / s, weight_decay * s and penalty / gamma*.
+    1. Up to the share alone of the steps each neuron by itself climbs its interaction. The network's
+       own loss has this very gradient while its outputs are small, but buried, on a part of D_p, in
+       noise from all other terms of z^k: 3, 11, 47, 205 times its variance at k = 2, 3, 4, 5.
+    2. Up to the share equal the network learns as a whole, with cross-entropy.
+       So far all vectors of all neurons are kept at mean 0 and at one norm, which in 2 grows so that
+       the ideal network's margin would rise from 0.3 to 10: none can win by size, so each settles
+       on a frequency of its own.
+    3. Then all is free: cross-entropy + penalty sum_i ||theta_i||^(k+1), and weight decay times
+       1 - loss / log p, as decay that begins before anything is learned ends all learning.
+    lr is held, in units of the growing norm, in 1 and 2, and goes linearly to 0 in 3.
     """
-    config = {**DEFAULTS, **(MAX_MARGIN if config.get("max_margin") else {}), **config}
+    kinds = [kind for kind in OTHERWISE if config.get(kind) or config.get("activation") == kind]
+    rule = {**DEFAULTS, **{name: x for kind in kinds for name, x in OTHERWISE[kind].items()}}
+    given, config = config, {**rule, **config}
     k, p = config["k"], config["p"]
     check_size(k, p)
-    config.setdefault("m", 2 ** (2*k - 2) * (p - 1))
-    check_size(k, p, config["m"])
+    m = config.setdefault("m", 2 ** (2*k - 2) * (p - 1))
+    check_size(k, p, m)
+    s = natural_scale(k, p, m)
+    for name, unit in (("init_std", s), ("lr", s), ("weight_decay", 1 / s),
+                       ("penalty", max_margin(k, p))):
+        if name not in given:
+            config[name] *= unit
     for name, (low, high) in RANGES.items():
-        if name in config and not low <= config[name] <= high:
+        if not low <= config[name] <= high:
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
                            f"between {low} and {high}")
-    s = natural_scale(k, p, config["m"])
-    best = config["max_margin"]
-    config.setdefault("init_std", 0.1 * s)
-    config.setdefault("equal", 0 if best or config["activation"] == "relu" else 0.7)
-    config.setdefault("lr", 0.03 * s)
-    config.setdefault("weight_decay", 0 if best else 0.3 / s)
-    config.setdefault("penalty", (0.1 if best else 0.03) * max_margin(k, p))
+    if config["alone"] > config["equal"]:
+        raise BadInput(f"alone {config['alone']} must not exceed equal {config['equal']}")
+    if config["max_margin"] and config["activation"] != "power":
+        raise BadInput("max-margin is for the power activation, the one with a known gamma*")
     return config
 
 
@@ -824,29 +842,38 @@ def new_run(config):
     return Run(config, params, *zeros, train, stream(2), neuron_spectra(params)["max_power"])
 
 
+def standardize(params, rms):
+    """Give each u_j and w of each neuron mean 0 and this root mean square, in place."""
+    for x, axis in ((params["u"], 1), (params["w"], 1)):
+        x -= x.mean(axis=axis, keepdims=True)
+        x *= rms / xp.sqrt((x * x).mean(axis=axis, keepdims=True))
+
+
 def train_step(run):
-    """One step: batch, loss, gradients, penalty, AdamW, norms. -> loss, on the device."""
+    """One step by the rule of complete."""
     c, params = run.config, run.params
     k, p, m = params["u"].shape
     done = run.step / c["steps"]
-    equal = done < c["equal"]
     a = run.inputs
     if c["batch"] < len(a):
         a = a[xp.asarray(run.rng.integers(0, len(a), c["batch"]))]
-    loss, grads = loss_and_gradients(params, a, c["activation"], run.buf)
+    if done < c["alone"]:
+        grads = interaction(params, a)[1]
+    else:
+        loss, grads = loss_and_gradients(params, a, c["activation"], run.buf)
+    decay = 0
     lr = c["lr"] * min(1, (run.step + 1) / 10, (1 - done) / (1 - c["equal"]))
-    if equal:
-        margin = 10 * 0.03 ** (1 - done / c["equal"])
-        scale = natural_scale(k, p, m, margin)
-        lr *= scale / natural_scale(k, p, m)
+    if done < c["equal"]:
+        grown = 0.03 ** min(1, (c["equal"] - done) / max(1e-9, c["equal"] - c["alone"]))
+        scale = natural_scale(k, p, m, 10 * grown)
+        lr *= grown ** (1 / (k + 1))
     else:
         penalty(params, c["penalty"], k + 1, k + 1)[1](grads)
+        decay = c["weight_decay"] * max(0, 1 - float(loss) / math.log(p))
     run.step += 1
-    adamw(params, grads, run.first, run.second, run.step, lr, 0 if equal else c["weight_decay"],
-          (0.9, c["beta2"]))
-    if equal:
-        scale_neurons(params, math.sqrt((k + 1) * p) * scale / neuron_norms(params))
-    return loss
+    adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, c["beta2"]))
+    if done < c["equal"]:
+        standardize(params, scale)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -855,19 +882,20 @@ def train_step(run):
 FORMAT, VERSION = "fourier-circuits run", 1
 
 
-def progress(run, loss):
-    """A line of history: the last batch's loss, accuracies on up to 4096 fixed inputs a part.
+def progress(run):
+    """A line of history: cross-entropies and accuracies on up to 4096 fixed inputs of each part.
 
-    In a --max-margin run also the normalized margin over gamma*, on all of D_p.
+    In a max-margin run also the normalized margin over gamma*, on all of D_p.
     """
     c = run.config
     k, p = c["k"], c["p"]
-    line = {"step": run.step, "loss": float(loss)}
-    for name, a in zip(("train_accuracy", "test_accuracy"), run.samples):
-        line[name] = None
+    line = {"step": run.step}
+    for name, a in zip(("train", "test"), run.samples):
+        line[f"{name}_loss"] = line[f"{name}_accuracy"] = None
         if len(a):
-            logits, _ = mlp(run.params, a, c["activation"], run.buf)
-            line[name] = float((margins(logits, labels(a, p))[0] > 0).mean())
+            logits, y = mlp(run.params, a, c["activation"], run.buf)[0], labels(a, p)
+            line[f"{name}_loss"] = float(cross_entropy(logits, y)[0])
+            line[f"{name}_accuracy"] = float((margins(logits, y)[0] > 0).mean())
     s = neuron_spectra(run.params)
     line["max_normalized_power"] = float(s["max_power"][:, s["live"]].mean())
     line["single_frequency_fraction"] = float((s["concentration"][s["live"]] > 0.95).mean())

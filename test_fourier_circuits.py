@@ -459,9 +459,9 @@ def small_run(**settings):
 
 def advance(run, steps):
     for _ in range(steps):
-        loss = fc.train_step(run)
+        fc.train_step(run)
         if run.step % 10 == 0:
-            run.history.append(fc.progress(run, loss))
+            run.history.append(fc.progress(run))
     return run
 
 
@@ -486,13 +486,12 @@ def test_a_resumed_run_is_the_same_run(tmp_path, settings):
 
 
 def test_training_finds_the_circuit():
-    """Half of 11^3 sums: the other half right, single frequencies, all of them, phases in order."""
-    run = fc.new_run(fc.complete({"k": 3, "p": 11, "steps": 1000, "batch": 256}))
-    advance(run, 1000)
+    """Half of 17^3 sums: the other half right, single frequencies, all of them, phases in order."""
+    run = advance(fc.new_run(fc.complete({"k": 3, "p": 17, "steps": 500})), 500)
     r = fc.report(run)
     assert r["train_accuracy"] == r["test_accuracy"] == r["restricted_accuracy"] == 1
-    assert r["single_frequency_fraction"] > 0.98 and r["frequencies_used"] == 5
-    assert r["phase_error"] < 0.03 and r["excluded_accuracy"] < 0.3
+    assert r["single_frequency_fraction"] > 0.98 and r["frequencies_used"] == 8
+    assert r["phase_error"] < 0.05 and r["excluded_accuracy"] < 0.2
     assert r["max_normalized_power"] > 0.95 > 0.6 > r["max_normalized_power_at_init"]
     assert 0.2 < r["margin_ratio"] < 1
     assert sum(r["frequency_histogram"]) == r["live_neurons"]
@@ -626,7 +625,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--p 1", "--p 0", "--p -7", "--k 1", "--m 0", "--k two", "--p 2.5", "--p nan", "--p",
     "--train-fraction 0", "--train-fraction 1.5", "--train-fraction nan", "--train-fraction -1",
     "--train-fraction 1e-9", "--steps 0", "--steps -1", "--batch 0", "--lr -1", "--lr nan",
-    "--lr inf", "--weight-decay -1", "--weight-decay nan", "--seed -1", "--save-every -1",
+    "--lr inf", "--alone 0.9", "--equal 1", "--max-margin --activation relu", "--weight-decay -1", "--weight-decay nan", "--seed -1", "--save-every -1",
     "--k 6 --p 97", "--k 1000000000", "--p 1000000007", "--k 99999999 --p 99999999", "--m 10000000000",
     "--activation tanh", "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
@@ -721,9 +720,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["run.npz"] and path.read_bytes() == before
 
 
-def test_a_run_that_diverges_says_so(tmp_path):
-    code, _, err = script("train.py", *TINY, "--lr", 1000, cwd=tmp_path)
-    assert code == 2 and err.count("\n") == 1 and "--lr" in err
+def test_a_run_that_overflows_says_so(tmp_path):
+    code, _, err = script("train.py", "--k", 5, "--p", 3, "--steps", 50, "--init-std", 1e6,
+                          "--alone", 0, "--equal", 0, cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "--lr" in err and not os.listdir(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -738,7 +738,7 @@ CUPY = {name: set(words.split()) for name, words in {
     "concatenate": "axis", "angle": "", "conj": "", "ascontiguousarray": "", "take": "axis", "fft.fft": "axis", "fft.rfft": "axis",
     "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
 METHODS = {name: set(words.split()) for name, words in {
-    "sum": "axis dtype keepdims", "mean": "axis", "max": "axis keepdims", "min": "axis",
+    "sum": "axis dtype keepdims", "mean": "axis keepdims", "max": "axis keepdims", "min": "axis",
     "prod": "axis", "argmax": "axis", "take": "axis", "reshape": "", "copy": "", "astype": "",
     "transpose": ""}.items()}
 ATTRIBUTES = {"shape", "ndim", "dtype", "itemsize", "nbytes", "size"}

@@ -35,8 +35,14 @@ def parse(argv):
     add("--train-fraction", type=float, help=f"share of D_p (default {d['train_fraction']})")
     add("--steps", type=int, help=f"default {d['steps']}")
     add("--batch", type=int, help=f"inputs a step, all of them at most (default {d['batch']})")
-    add("--lr", type=float, help="AdamW's learning rate (default: from k, p and m)")
-    add("--weight-decay", type=float, help="AdamW's decay (default: from k, p and m)")
+    add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m)")
+    add("--weight-decay", type=float, help=f"AdamW's weight decay (default {d['weight_decay']})")
+    add("--penalty", type=float, help="strength of sum_i ||theta_i||^(k+1) (default: from k, p, m)")
+    add("--init-std", type=float, help="of the Gaussian initial weights (default: from k, p and m)")
+    add("--alone", type=float,
+        help=f"share of the steps in which each neuron learns by itself (default {d['alone']})")
+    add("--equal", type=float,
+        help=f"share of the steps in which all neurons have one norm (default {d['equal']})")
     add("--seed", type=int, help=f"default {d['seed']}")
     add("--dtype", choices=("float32", "float64"), help=f"default {d['dtype']}")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
@@ -62,7 +68,7 @@ class Progress:
         done = max(1, line["step"] - self.first)
         left = (time.monotonic() - self.began) / done * (self.run.config["steps"] - line["step"])
         ratio = f"  margin/gamma* {line['margin_ratio']:6.4f}" if "margin_ratio" in line else ""
-        text = (f"step {line['step']:6d}  loss {line['loss']:8.2e}"
+        text = (f"step {line['step']:6d}  loss {line['train_loss']:8.2e}"
                 f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}  power {line['max_normalized_power']:5.3f}"
                 f"  single {line['single_frequency_fraction']:5.3f}"
                 f"  freqs {line['frequencies_used']:3d}{ratio}  {left:4.0f} s left")
@@ -97,17 +103,15 @@ def train(run, out, save_every, resume_command):
     began = time.monotonic() - run.seconds
     last = run.step == steps
     while not last:
-        loss = fc.train_step(run)
+        fc.train_step(run)
         last, stop = run.step == steps, bool(stopped)
-        log = last or run.step % every == 0
-        save = last or stop or save_every and run.step % save_every == 0
-        if (log or save) and not math.isfinite(float(loss)):
-            raise fc.BadInput(f"the loss is {float(loss)} at step {run.step}; try a smaller --lr")
-        if log:
-            run.history.append(fc.progress(run, loss))
+        if last or run.step % every == 0:
+            run.history.append(fc.progress(run))
             progress.show(run.history[-1], every)
         run.seconds = time.monotonic() - began
-        if save:
+        if last or stop or save_every and run.step % save_every == 0:
+            if not math.isfinite(fc.norm(run.params)):
+                raise fc.BadInput(f"the weights overflowed by step {run.step}; try a smaller --lr")
             fc.save_run(out, run)
         if stop and not last:
             print(f"\nstopped at step {run.step} and saved; go on with\n  {resume_command}")
@@ -126,13 +130,14 @@ def benchmark(run):
     du, dw, dh, z = (fc.xp.empty_like(a) for a in (u, w, h, h))
 
     def step():
-        float(fc.train_step(run))
+        fc.train_step(run)
+        float(run.params["w"][0, 0])  # waits for a GPU
 
     def products():
         for a, b, out in ((x, u, z), (h, w, logits), (h.T, logits, dw), (logits, w.T, dh),
                           (x.T, dh, du)):
             fc.xp.matmul(a, b, out=out)
-        float(du[0, 0])  # waits for a GPU
+        float(du[0, 0])
 
     times = {step: [], products: []}
     end = time.monotonic() + 10
