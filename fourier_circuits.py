@@ -367,7 +367,7 @@ def norm(params, degree=None):
     nu = degree or len(params["u"]) + 1
     norms = neuron_norms(params)
     largest = norms.max()  # taken out first, so that no power overflows
-    return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu)) if largest > 0 else 0.0
+    return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu)) if largest != 0 else 0.0
 
 
 def max_margin(k, p):
@@ -571,7 +571,7 @@ def network_dft(params):
 
 
 def neuron_dft(params):  # -> complex [p, m]
-    """Each neuron's share of f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), 0 at j = 0."""
+    """Each neuron's f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), 0 at j = 0."""
     u, w = params["u"], params["w"]
     s = xp.conj(xp.fft.fft(w, axis=1).T) * xp.fft.fft(u, axis=1).prod(axis=0)
     s[0] = 0
@@ -749,7 +749,7 @@ def natural_scale(k, p, m, margin=10):
     """The entry size (rms) at which m ideal neurons of equal norm have this margin on every input.
 
     At common norm r the best network has the margin gamma* m r^(k+1) (Theorem 4.1), and a neuron
-    has (k+1) p entries. All settings below are measured in this unit, which makes them fit any k and p.
+    has (k+1) p entries. The settings below are in this unit, which makes them fit any k and p.
     """
     return (margin / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
 
@@ -798,13 +798,13 @@ def complete(config):
 
     The rule behind the defaults is one for all k and p, in units of s = natural_scale(k, p, m):
     DEFAULTS and OTHERWISE hold init_std / s, lr / s, weight_decay * s and penalty / gamma*.
-    1. Up to the share alone of the steps each neuron by itself climbs its interaction. The network's
-       own loss has this very gradient while its outputs are small, but buried, on a part of D_p, in
-       noise from all other terms of z^k: 3, 11, 47, 205 times its variance at k = 2, 3, 4, 5.
+    1. Up to the share alone of the steps each neuron by itself climbs its interaction. That is the
+       gradient of the network's own loss while its outputs are small; but there, on a part of D_p,
+       the other terms of z^k bury it in noise: 3, 11, 47, 205 times its variance at k = 2, 3, 4, 5.
     2. Up to the share equal the network learns as a whole, with cross-entropy.
-       So far all vectors of all neurons are kept at mean 0 and at one norm, which in 2 grows so that
-       the ideal network's margin would rise from 0.3 to 10: none can win by size, so each settles
-       on a frequency of its own.
+       In 1 and 2 all vectors of all neurons are kept at mean 0 and at one norm, which in 2 grows so
+       that the ideal network's margin would rise from 0.3 to 10: none can win by size, so each
+       settles on a frequency of its own.
     3. Then all is free: cross-entropy + penalty sum_i ||theta_i||^(k+1), and weight decay times
        1 - loss / log p, as decay that begins before anything is learned ends all learning.
     lr is held, in units of the growing norm, in 1 and 2, and goes linearly to 0 in 3.

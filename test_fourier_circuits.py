@@ -131,7 +131,7 @@ def test_relu_gradient():
 
 
 def test_linear_gradient():
-    x, w, weight = (rng(i).standard_normal(shape) for i, shape in enumerate([(7, 4), (4, 5), (7, 5)]))
+    x, w, weight = (rng(i).standard_normal(n) for i, n in enumerate([(7, 4), (4, 5), (7, 5)]))
     y, backward = fc.linear(x, w, fc.Buffers())
     assert y == pytest.approx(x @ w, rel=1e-13)
     f = lambda x, w: (fc.linear(x, w, fc.Buffers())[0] * weight).sum()
@@ -318,7 +318,7 @@ def test_no_gaussian_network_beats_gamma_star(k, p):
 
 
 def test_frequency_subsets():
-    """A max-margin network restricted to frequencies Z has the margin that PAPER's formula gives."""
+    """Frequencies Z only: (p-1)/(p|Z|) min over Delta of sum_Z (1 - cos 2 pi zeta Delta/p)."""
     k, p = 3, 11
     params = fc.rotated_network(k, p)
     frequency = fc.neuron_spectra(params)["frequency"]
@@ -527,8 +527,9 @@ def refused(capsys, monkeypatch, module, *argv):
 
 
 TINY = ("--k", 2, "--p", 7, "--steps", 60, "--batch", 16)
-KEYS = """k p m steps seconds seed train_accuracy test_accuracy live_neurons single_frequency_fraction
-    max_normalized_power max_normalized_power_at_init phase_error frequencies_used frequencies_total
+KEYS = """k p m steps seconds seed train_accuracy test_accuracy live_neurons
+    single_frequency_fraction max_normalized_power max_normalized_power_at_init phase_error
+    frequencies_used frequencies_total
     margin margin_ratio restricted_accuracy excluded_accuracy""".split()
 
 
@@ -625,9 +626,10 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--p 1", "--p 0", "--p -7", "--k 1", "--m 0", "--k two", "--p 2.5", "--p nan", "--p",
     "--train-fraction 0", "--train-fraction 1.5", "--train-fraction nan", "--train-fraction -1",
     "--train-fraction 1e-9", "--steps 0", "--steps -1", "--batch 0", "--lr -1", "--lr nan",
-    "--lr inf", "--alone 0.9", "--equal 1", "--max-margin --activation relu", "--weight-decay -1", "--weight-decay nan", "--seed -1", "--save-every -1",
-    "--k 6 --p 97", "--k 1000000000", "--p 1000000007", "--k 99999999 --p 99999999", "--m 10000000000",
-    "--activation tanh", "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
+    "--lr inf", "--alone 0.9", "--equal 1", "--max-margin --activation relu", "--weight-decay -1",
+    "--weight-decay nan", "--seed -1", "--save-every -1", "--k 6 --p 97", "--k 1000000000",
+    "--p 1000000007", "--k 99999999 --p 99999999", "--m 10000000000", "--activation tanh",
+    "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
 def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -669,14 +671,15 @@ def test_broken_files(tmp_path, capsys, monkeypatch):
     np.savez(bad, meta=np.array([object()]))  # pickled
     refused(capsys, monkeypatch, analyze, bad)
     arrays = dict(np.load(tmp_path / "run.npz"))
-    for change in ({"params u": np.zeros(3)}, {"params w": np.array(["x"] * 440)},
-                   {"train": np.zeros(3, np.uint8)}, {"power_at_init": np.zeros(3)}, {"meta": None}):
+    for change in ({"params u": np.zeros(3)}, {"params w": np.array(["x"] * 440)}, {"meta": None},
+                   {"train": np.zeros(3, np.uint8)}, {"power_at_init": np.zeros(3)}):
         np.savez(bad, **{**arrays, **change} if change != {"meta": None}
                  else {x: y for x, y in arrays.items() if x != "meta"})
         refused(capsys, monkeypatch, analyze, bad)
     meta = json.loads(str(arrays["meta"]))
+    other = {**meta["config"], "p": 13}
     for change in ({"version": fc.VERSION + 1}, {"version": "new"}, {"config": {}}, {"config": 3},
-                   {"step": "x"}, {"rng": {}}, {"history": 3}, {"config": {**meta["config"], "p": 13}}):
+                   {"step": "x"}, {"rng": {}}, {"history": 3}, {"config": other}):
         np.savez(bad, **{**arrays, "meta": np.array(json.dumps({**meta, **change}))})
         line = refused(capsys, monkeypatch, analyze, bad)
         assert ("newer version" in line) == (change == {"version": fc.VERSION + 1})
@@ -721,7 +724,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_a_run_that_overflows_says_so(tmp_path):
-    code, _, err = script("train.py", "--k", 5, "--p", 3, "--steps", 50, "--init-std", 1e6,
+    code, _, err = script("train.py", "--k", 7, "--p", 2, "--steps", 50, "--init-std", 1e6,
                           "--alone", 0, "--equal", 0, cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1 and "--lr" in err and not os.listdir(tmp_path)
 
@@ -735,7 +738,8 @@ CUPY = {name: set(words.split()) for name, words in {
     "eye": "dtype", "matmul": "out", "arange": "dtype", "add": "out", "multiply": "out",
     "divide": "out", "maximum": "out", "exp": "out", "log": "out", "sqrt": "out", "abs": "out",
     "einsum": "", "empty": "dtype", "empty_like": "dtype", "zeros_like": "dtype", "full": "dtype",
-    "concatenate": "axis", "angle": "", "conj": "", "ascontiguousarray": "", "take": "axis", "fft.fft": "axis", "fft.rfft": "axis",
+    "concatenate": "axis", "angle": "", "conj": "", "ascontiguousarray": "", "take": "axis",
+    "fft.fft": "axis", "fft.rfft": "axis",
     "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
 METHODS = {name: set(words.split()) for name, words in {
     "sum": "axis dtype keepdims", "mean": "axis keepdims", "max": "axis keepdims", "min": "axis",

@@ -69,7 +69,8 @@ class Progress:
         left = (time.monotonic() - self.began) / done * (self.run.config["steps"] - line["step"])
         ratio = f"  margin/gamma* {line['margin_ratio']:6.4f}" if "margin_ratio" in line else ""
         text = (f"step {line['step']:6d}  loss {line['train_loss']:8.2e}"
-                f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}  power {line['max_normalized_power']:5.3f}"
+                f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}"
+                f"  power {line['max_normalized_power']:5.3f}"
                 f"  single {line['single_frequency_fraction']:5.3f}"
                 f"  freqs {line['frequencies_used']:3d}{ratio}  {left:4.0f} s left")
         print("\r" + text if self.live else text, end="\n" if last or not self.live else "",
