@@ -787,6 +787,9 @@ class Array:
     def __float__(self):
         return float(self.hidden)
 
+    def __int__(self):
+        return int(self.hidden)
+
     def __bool__(self):
         return bool(self.hidden)
 

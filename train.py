@@ -106,13 +106,15 @@ def train(run, out, save_every, resume_command):
     while not last:
         fc.train_step(run)
         last, stop = run.step == steps, bool(stopped)
-        if last or run.step % every == 0:
+        log = last or run.step % every == 0
+        save = last or stop or save_every and run.step % save_every == 0
+        if (log or save) and not math.isfinite(fc.norm(run.params)):
+            raise fc.BadInput(f"the weights overflowed by step {run.step}; try a smaller --lr")
+        if log:
             run.history.append(fc.progress(run))
             progress.show(run.history[-1], every)
         run.seconds = time.monotonic() - began
-        if last or stop or save_every and run.step % save_every == 0:
-            if not math.isfinite(fc.norm(run.params)):
-                raise fc.BadInput(f"the weights overflowed by step {run.step}; try a smaller --lr")
+        if save:
             fc.save_run(out, run)
         if stop and not last:
             print(f"\nstopped at step {run.step} and saved; go on with\n  {resume_command}")
