@@ -3,6 +3,7 @@
     python analyze.py RUN.npz                       report, some neurons, Lemma F.2
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         the paper's Figures 1 and 2 (needs matplotlib)
+    python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, COST
 """
 
@@ -82,6 +83,17 @@ live neurons of each:""")
     print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
 
 
+def print_table(reports):
+    """One line a run."""
+    print("  k   p     m  seed   steps  train    test     single   phase   freqs    margin/gamma*")
+    for r in reports:
+        ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f}"
+        print(f"{r['k']:3d} {r['p']:3d} {r['m']:5d} {r['seed']:5d} {r['steps']:7d}  "
+              f"{percent(r['train_accuracy']):8s} {percent(r['test_accuracy']):8s} "
+              f"{percent(r['single_frequency_fraction']):8s} {r['phase_error']:.4f}  "
+              f"{r['frequencies_used']:3d}/{r['frequencies_total']:<3d}  {ratio}")
+
+
 def print_neurons(run, count=3):
     """Some live neurons of different frequencies: weights over 0..p-1 beside their spectra."""
     s = fc.neuron_spectra(run.params)
@@ -129,6 +141,18 @@ def pyplot():
         raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
 
 
+def save_figure(figure, directory, name):
+    """Write a PNG whole or not at all, and say so on stderr."""
+    path = os.path.join(directory, name)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        figure.savefig(path + ".part", format="png", dpi=80, bbox_inches="tight")
+        os.replace(path + ".part", path)
+    except OSError as error:
+        raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
+    print(path, file=sys.stderr)
+
+
 def draw(run, directory):
     """The paper's Figures 1 and 2 for this run, and its training curves, as PNG files."""
     plt = pyplot()
@@ -137,32 +161,21 @@ def draw(run, directory):
     k, p = len(vectors) - 1, vectors.shape[1]
     names = [*(f"$u_{j + 1}$" for j in range(k)), "$w$"]
     live = np.flatnonzero(s["live"])
-    made = []
-
-    def save(figure, name):
-        path = os.path.join(directory, name)
-        try:
-            os.makedirs(directory, exist_ok=True)
-            figure.savefig(path + ".part", format="png", dpi=80, bbox_inches="tight")
-            os.replace(path + ".part", path)
-        except OSError as error:
-            raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
-        plt.close(figure)
-        made.append(path)
+    name = f"k{k}-p{p}{'-max-margin' * run.config['max_margin']}"
 
     one = live[np.argmax(s["concentration"][live])]
     figure, axes = plt.subplots(k + 1, 2, figsize=(10, 1.7 * (k + 1)), squeeze=False)
     fine = np.linspace(0, p, 20 * p)
-    for x, name, (left, right) in zip(vectors[:, :, one], names, axes):
+    for x, label, (left, right) in zip(vectors[:, :, one], names, axes):
         wave = np.fft.rfft(x)[s["frequency"][one]] * 2 / p
         left.plot(fine, (wave * np.exp(2j * np.pi * s["frequency"][one] * fine / p)).real, lw=0.8)
         left.plot(x, "o", ms=3)
-        left.set_ylabel(name)
+        left.set_ylabel(label)
         right.bar(np.arange(p // 2 + 1), fc.to_host(fc.power_spectrum(fc.xp.asarray(x))))
     axes[0, 0].set_title(f"neuron {one}: weights, and the cosine of frequency "
                          f"{s['frequency'][one]}")
     axes[0, 1].set_title("power spectrum")
-    save(figure, "neuron.png")
+    save_figure(figure, directory, f"{name}-neuron.png")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
     left.bar(np.arange(1, p // 2 + 1), np.bincount(s["frequency"][live], minlength=p // 2 + 1)[1:])
@@ -172,7 +185,7 @@ def draw(run, directory):
     right.hist(s["max_power"][:, live].ravel(), edges, alpha=0.7, label="trained", density=True)
     right.set(title="maximum normalized power of $u_1 .. u_k, w$", xlabel="power")
     right.legend()
-    save(figure, "frequencies.png")
+    save_figure(figure, directory, f"{name}-frequencies.png")
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3))
     steps = [line["step"] for line in run.history]
@@ -185,8 +198,23 @@ def draw(run, directory):
         axis.set_xlabel("step")
         axis.legend()
     axes[0].set_yscale("log")
-    save(figure, "training.png")
-    return made
+    save_figure(figure, directory, f"{name}-training.png")
+
+
+def draw_widths(reports, directory):
+    """margin / gamma* against the width, a dot a run and a line through the means."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for k, p in sorted({(r["k"], r["p"]) for r in reports}):
+        dots = [(r["m"], r["margin_ratio"]) for r in reports if (r["k"], r["p"]) == (k, p)]
+        widths = sorted({m for m, _ in dots})
+        means = [np.mean([ratio for m, ratio in dots if m == width]) for width in widths]
+        line, = axis.plot(widths, means, label=f"k = {k}, p = {p}")
+        axis.plot(*zip(*dots), "o", ms=4, color=line.get_color())
+        axis.axvline(2 ** (2*k - 2) * (p - 1), color=line.get_color(), ls=":", lw=1)
+    axis.set(xscale="log", xlabel="neurons (dotted: the theorem's width)", ylabel="margin / gamma*")
+    axis.legend()
+    save_figure(figure, directory, "widths.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,7 +238,7 @@ def print_theory(k, p):
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN.npz", help="a run file of train.py")
+    add("runs", nargs="*", metavar="RUN.npz", help="run files of train.py")
     add("--json", action="store_true", help="print the report as JSON, nothing else")
     add("--figures", metavar="DIR", help="draw PNG files into DIR")
     add("--theory", action="store_true", help="check the max-margin networks of --k and --p")
@@ -218,25 +246,28 @@ def main(argv):
     add("--p", type=int, default=23, help="default 23")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
     args = parser.parse_args(argv)
-    if args.theory == (args.run is not None):
-        parser.error("give either a run file or --theory")
+    if args.theory == bool(args.runs):
+        parser.error("give either run files or --theory")
     fc.use_device(args.device)
     if args.theory:
         print_theory(args.k, args.p)
         return 0
     if args.figures:
         pyplot()  # say so now if it is missing
-    run = fc.load_run(args.run)
-    r = fc.report(run)
+    runs = [fc.load_run(path) for path in args.runs]
+    reports = [fc.report(run) for run in runs]
     if args.json:
-        print(json.dumps(r, indent=2))
+        print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2))
+    elif len(runs) > 1:
+        print_table(reports)
     else:
-        print_report(r)
-        print_neurons(run)
-        print_lemma(run)
-    if args.figures:
-        for path in draw(run, args.figures):
-            print(path, file=sys.stderr)
+        print_report(reports[0])
+        print_neurons(runs[0])
+        print_lemma(runs[0])
+    if args.figures and len(runs) > 1:
+        draw_widths(reports, args.figures)
+    elif args.figures:
+        draw(runs[0], args.figures)
     return 0
 
 
