@@ -788,8 +788,8 @@ class Run:
         self.buf = Buffers()
         c = self.config
         index, k = np.flatnonzero(self.train), c["k"]
-        if c["batch"] >= len(index) == c["p"] ** k:
-            index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p: prefixes will do
+        if c["batch"] >= len(index) == c["p"] ** k and not c["alone"]:
+            index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p at each step: prefixes
         self.inputs = digits(xp.asarray(index), k, c["p"])
         rng = np.random.default_rng([c["seed"], 3])
         self.samples = [sample_inputs(np.flatnonzero(part), c["k"], c["p"], rng, 4096)

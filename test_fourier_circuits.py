@@ -476,7 +476,8 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation": "relu"}, {"dtype": "float64"},
-                                      {"max_margin": True}, {"p": 8}, {"k": 3, "p": 2}])
+                                      {"max_margin": True}, {"p": 8}, {"k": 3, "p": 2},
+                                      {"train_fraction": 1.0, "batch": 1000}])
 def test_a_resumed_run_is_the_same_run(tmp_path, settings):
     whole = advance(small_run(**settings), 40)
     for stop in (0, 15, 33):
