@@ -92,10 +92,10 @@ class Buffers:
         self.arrays = {}
 
     def __call__(self, name, shape, dtype):
-        array = self.arrays.get(name)
-        if array is None or array.shape != shape or array.dtype != dtype:
-            array = self.arrays[name] = xp.empty(shape, dtype)
-        return array
+        array, size = self.arrays.get(name), math.prod(shape)
+        if array is None or array.size < size or array.dtype != dtype:
+            array = self.arrays[name] = xp.empty(size, dtype)
+        return array[:size].reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -319,27 +319,33 @@ def loss_and_gradients(params, a, activation="power", buf=None):
     return loss, grads
 
 
-def interaction(params, a):  # [n, k] -> scalar, {"u": du, "w": dw}
+def interaction(params, a, buf=None):  # [n, k] -> scalar, {"u": du, "w": dw}
     """-k! mean_a sum_i u_{i,1}(a_1) .. u_{i,k}(a_k) w_i(a_1 + .. + a_k), and its gradients.
 
     Of all terms of z^k only this one, the product of all k numbers' parts, can tell one sum from
     another: where no u_j and w has a mean, all others average to 0 over D_p, and this one is, up to
     (p-1)/p, the mean class-weighted margin (Lemma 4.2). Each neuron here stands by itself.
     """
-    u, w = params["u"], params["w"]
+    u, w, buf = params["u"], params["w"], buf or Buffers()
     k, p, m = u.shape
-    eye = xp.eye(p, dtype=u.dtype)
-    scale = -math.factorial(k) / len(a)
-    onehot = [eye[a[:, j]] for j in range(k)] + [scale * eye[labels(a, p)]]
-    value, du, dw = 0, xp.empty_like(u), xp.empty_like(w)
-    for part in blocks(m, len(a) * u.dtype.itemsize):
-        x = [onehot[j] @ u[j][:, part] for j in range(k)] + [onehot[k] @ w[part].T]  # [n, part]
-        before = [1, *itertools.accumulate(x[:-1], operator.mul)]
-        after = [1, *itertools.accumulate(x[:0:-1], operator.mul)][::-1]
-        for j in range(k):
-            du[j][:, part] = onehot[j].T @ (before[j] * after[j])
+    n, eye = len(a), xp.eye(p, dtype=u.dtype)
+    onehot = [eye[a[:, j]] for j in range(k)] + [-math.factorial(k) / n * eye[labels(a, p)]]
+    du, dw = buf("du alone", u.shape, u.dtype), buf("dw alone", w.shape, w.dtype)
+    value = 0
+    for part in blocks(m, (k + 1) * n * u.dtype.itemsize, 8 * BLOCK_BYTES):
+        tables, grads = [[*x[0][:, :, part], x[1][part].T] for x in ((u, w), (du, dw))]
+        new = lambda name: buf(name, (n, tables[0].shape[1]), u.dtype)  # noqa: E731
+        x = [xp.matmul(onehot[j], tables[j], out=new(f"x{j}")) for j in range(k + 1)]
+        before = [None, x[0]]  # before[j] = x[0] .. x[j-1]
+        for j in range(1, k):
+            before.append(xp.multiply(before[j], x[j], out=new(f"before{j}")))
         value = value + (before[k] * x[k]).sum()
-        dw[part] = (onehot[k].T @ before[k]).T
+        grads[k][...] = onehot[k].T @ before[k]
+        after = x[k]  # x[j+1] .. x[k]
+        for j in range(k - 1, -1, -1):
+            dx = xp.multiply(before[j], after, out=new("dx alone")) if j else after
+            grads[j][...] = onehot[j].T @ dx
+            after = xp.multiply(after, x[j], out=new("after")) if j else None
     return value, {"u": du, "w": dw}
 
 
@@ -359,12 +365,14 @@ def scale_neurons(params, c):
     params["w"] *= c[:, None]
 
 
-def norm(params, degree=None):
-    """||theta||_{2,nu} = (sum_i ||theta_i||_2^nu)^(1/nu), nu = degree, k + 1 by default (Def. B.2).
+def degree(k, activation="power"):
+    """nu, the degree in which f is homogeneous: k + 1 for the power activation, 2 for ReLU."""
+    return k + 1 if activation == "power" else 2
 
-    nu is the degree in which f is homogeneous: k + 1 for the power activation, 2 for ReLU.
-    """
-    nu = degree or len(params["u"]) + 1
+
+def norm(params, nu=None):
+    """||theta||_{2,nu} = (sum_i ||theta_i||_2^nu)^(1/nu), nu = k + 1 by default (Def. B.2)."""
+    nu = nu or len(params["u"]) + 1
     norms = neuron_norms(params)
     largest = norms.max()  # taken out first, so that no power overflows
     return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu)) if largest != 0 else 0.0
@@ -381,16 +389,16 @@ def max_margin(k, p):
     return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
 
-def penalty(params, strength, degree, power):
-    """strength ||theta||_{2,nu}^power, nu = degree (Def. 3.1).
+def penalty(params, strength, nu, power):
+    """strength ||theta||_{2,nu}^power (Def. 3.1).
 
     power = 1 is the paper's regularizer; power = nu makes it the sum of ||theta_i||^nu, smooth at 0
     and one term a neuron. -> value, backward(grads), which adds the gradient to grads in place.
     """
-    norms, total = neuron_norms(params), norm(params, degree)
+    norms, total = neuron_norms(params), norm(params, nu)
 
     def backward(grads):  # power ||theta||^(power-nu) ||theta_i||^(nu-2) theta_i
-        c = strength * power * total ** (power - degree) * norms ** (degree - 2)
+        c = strength * power * total ** (power - nu) * norms ** (nu - 2)
         grads["u"] += c * params["u"]
         grads["w"] += c[:, None] * params["w"]
 
@@ -416,8 +424,7 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
             xi, gi, mi, vi = x[part], g[part], m[part], v[part]
             mi += (1 - beta1) * (gi - mi)
             vi += (1 - beta2) * (gi * gi - vi)
-            if weight_decay:
-                xi *= 1 - lr * weight_decay
+            xi *= 1 - lr * weight_decay
             t = xp.sqrt(vi)
             t += eps * root
             xp.divide(mi, t, out=t)
@@ -481,9 +488,9 @@ def accuracy(params, a, activation="power"):
 def normalized_margin(params, activation="power"):
     """h(theta) / ||theta||^nu, the margin of theta / ||theta||, over all of D_p; at most gamma*."""
     k, p, _ = params["u"].shape
-    degree = k + 1 if activation == "power" else 2
+    nu = degree(k, activation)
     whole = evaluate(mlp_logit_blocks(params, activation), np.ones(p**k, bool), k, p)
-    return whole["margin"] / norm(params, degree) ** degree
+    return whole["margin"] / (norm(params, nu) ** nu or 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -798,11 +805,11 @@ class Run:
 
 DEFAULTS = {"k": 3, "p": 23, "activation": "power", "max_margin": False, "train_fraction": 0.5,
             "steps": 1500, "batch": 1024, "seed": 0, "dtype": "float32", "alone": 0.5, "equal": 0.7,
-            "init_std": 1, "lr": 0.05, "weight_decay": 0.3, "penalty": 0.05, "beta2": 0.98}
+            "init_std": 1, "lr": 0.05, "weight_decay": 1.2, "penalty": 0.05, "beta2": 0.98}
 OTHERWISE = {
     "max_margin": {"train_fraction": 1, "steps": 1000, "batch": 2**30, "alone": 0, "equal": 0,
                    "init_std": 0.1, "lr": 0.03, "weight_decay": 0, "penalty": 0.1, "beta2": 0.95},
-    "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 0.7, "penalty": 0}}
+    "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
           "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (0, 1e6), "lr": (0, 1e3),
           "weight_decay": (0, 1e6), "penalty": (0, 1e6)}
@@ -812,7 +819,7 @@ def complete(config):
     """Fill in the settings that are not given, and check them. Raises BadInput.
 
     The rule behind the defaults is one for all k and p, in units of s = natural_scale(k, p, m):
-    DEFAULTS and OTHERWISE hold init_std / s, lr / s, weight_decay * s and penalty / gamma*.
+    DEFAULTS and OTHERWISE hold init_std / s, lr / s, weight_decay s nu and penalty / gamma*.
     1. Up to the share alone of the steps each neuron by itself climbs its interaction. That is the
        gradient of the network's own loss while its outputs are small; but there, on a part of D_p,
        the other terms of z^k bury it in noise: 3, 11, 47, 205 times its variance at k = 2, 3, 4, 5.
@@ -831,8 +838,8 @@ def complete(config):
     check_size(k, p)
     m = config.setdefault("m", 2 ** (2*k - 2) * (p - 1))
     check_size(k, p, m)
-    s = natural_scale(k, p, m)
-    for name, unit in (("init_std", s), ("lr", s), ("weight_decay", 1 / s),
+    s, nu = natural_scale(k, p, m), degree(k, config["activation"])
+    for name, unit in (("init_std", s), ("lr", s), ("weight_decay", 1 / (s * nu)),
                        ("penalty", max_margin(k, p))):
         if name not in given:
             config[name] *= unit
@@ -873,7 +880,7 @@ def train_step(run):
     if c["batch"] < len(a):
         a = a[xp.asarray(run.rng.integers(0, len(a), c["batch"]))]
     if done < c["alone"]:
-        grads = interaction(params, a)[1]
+        grads = interaction(params, a, run.buf)[1]
     else:
         loss, grads = loss_and_gradients(params, a, c["activation"], run.buf)
     decay = 0
@@ -883,8 +890,9 @@ def train_step(run):
         scale = natural_scale(k, p, m, 10 * grown)
         lr *= grown ** (1 / (k + 1))
     else:
-        penalty(params, c["penalty"], k + 1, k + 1)[1](grads)
-        decay = c["weight_decay"] * max(0, 1 - float(loss) / math.log(p))
+        nu = degree(k, c["activation"])
+        penalty(params, c["penalty"], nu, nu)[1](grads)
+        decay = c["weight_decay"] * (1 - loss / math.log(p)).clip(0)
     run.step += 1
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, c["beta2"]))
     if done < c["equal"]:
@@ -922,12 +930,12 @@ def progress(run):
 def report(run):
     """What the network is and does, as a dict ready for JSON.
 
-    Measured on all of D_p, but for the two ablated networks: on 2^17 random inputs where p^k is more.
+    Measured on all of D_p, but for the two ablated networks on at most 2^17 random inputs.
     """
     c, params = run.config, run.params
     k, p, m = params["u"].shape
     activation = c["activation"]
-    nu = k + 1 if activation == "power" else 2
+    nu = degree(k, activation)
     s = neuron_spectra(params)
     live = s["live"]
     used = np.bincount(s["frequency"][live], minlength=p // 2 + 1)[1:]

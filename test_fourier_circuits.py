@@ -745,7 +745,7 @@ CUPY = {name: set(words.split()) for name, words in {
 METHODS = {name: set(words.split()) for name, words in {
     "sum": "axis dtype keepdims", "mean": "axis keepdims", "max": "axis keepdims", "min": "axis",
     "prod": "axis", "argmax": "axis", "take": "axis", "reshape": "", "copy": "", "astype": "",
-    "transpose": ""}.items()}
+    "transpose": "", "clip": ""}.items()}
 ATTRIBUTES = {"shape", "ndim", "dtype", "itemsize", "nbytes", "size"}
 OPERATORS = """add sub mul truediv floordiv mod pow matmul and or lt le gt ge eq ne""".split()
 

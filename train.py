@@ -43,7 +43,7 @@ def parse(argv):
     add("--steps", type=int, help=f"default {d['steps']}")
     add("--batch", type=int, help=f"inputs a step, all of them at most (default {d['batch']})")
     add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m)")
-    add("--weight-decay", type=float, help=f"AdamW's weight decay (default {d['weight_decay']})")
+    add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m)")
     add("--penalty", type=float, help="strength of sum_i ||theta_i||^(k+1) (default: from k, p, m)")
     add("--init-std", type=float, help="of the Gaussian initial weights (default: from k, p and m)")
     add("--alone", type=float,
@@ -140,6 +140,7 @@ def benchmark(run):
     du, dw, dh, z = (fc.xp.empty_like(a) for a in (u, w, h, h))
 
     def step():
+        run.step = math.ceil(run.config["equal"] * run.config["steps"])  # the network as a whole
         fc.train_step(run)
         float(run.params["w"][0, 0])  # waits for a GPU
 
