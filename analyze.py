@@ -2,7 +2,7 @@
 
     python analyze.py RUN.npz                       report, some neurons, Lemma F.2
     python analyze.py RUN.npz --json                the report as JSON
-    python analyze.py RUN.npz --figures DIR         the paper's Figures 1 and 2 (needs matplotlib)
+    python analyze.py RUN.npz --figures DIR         only draw Figures 1 and 2 (needs matplotlib)
     python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, COST
 """
@@ -240,7 +240,7 @@ def main(argv):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN.npz", help="run files of train.py")
     add("--json", action="store_true", help="print the report as JSON, nothing else")
-    add("--figures", metavar="DIR", help="draw PNG files into DIR")
+    add("--figures", metavar="DIR", help="draw PNG files into DIR, and print no report")
     add("--theory", action="store_true", help="check the max-margin networks of --k and --p")
     add("--k", type=int, default=3, help="default 3")
     add("--p", type=int, default=23, help="default 23")
@@ -255,6 +255,10 @@ def main(argv):
     if args.figures:
         pyplot()  # say so now if it is missing
     runs = [fc.load_run(path) for path in args.runs]
+    if args.figures and len(runs) == 1:
+        draw(runs[0], args.figures)
+        if not args.json:
+            return 0
     reports = [fc.report(run) for run in runs]
     if args.json:
         print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2))
@@ -266,8 +270,6 @@ def main(argv):
         print_lemma(runs[0])
     if args.figures and len(runs) > 1:
         draw_widths(reports, args.figures)
-    elif args.figures:
-        draw(runs[0], args.figures)
     return 0
 
 

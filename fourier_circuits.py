@@ -101,7 +101,7 @@ class Buffers:
 # ------------------------------------------------------------------------------------------------
 # Data: D_p, all p^k inputs with their sums modulo p (Eq. 1)
 
-MAX_BYTES = 2**32  # the largest array that we make without being asked twice
+MAX_BYTES = 2**31  # of the largest array
 
 
 def check_size(k, p, m=1):
@@ -113,9 +113,9 @@ def check_size(k, p, m=1):
         raise BadInput(f"too large: the p^k = {p}^{k} inputs of {k} numbers need about "
                        f"{k * p**k * 8 / 2**30 if k * math.log2(p) < 200 else math.inf:.3g} GiB, "
                        f"the limit is {MAX_BYTES / 2**30:.0f} GiB; take a smaller k or p")
-    if 4 * (k + 1) * p * m > MAX_BYTES // 8:
+    if 16 * (k + 1) * p * m > MAX_BYTES:
         raise BadInput(f"too large: the (k+1) p m = {(k + 1) * p * m} weights of m = {m} neurons "
-                       f"exceed {MAX_BYTES // 32}; take a smaller m, k or p")
+                       f"exceed the limit of {MAX_BYTES // 16}; take a smaller m, k or p")
 
 
 def digits(index, k, p):  # [n] -> [n, k]
@@ -247,7 +247,6 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
         dx = exp / (n * total)
         dx[y, rows] -= 1 / n
         return dx.T
-
 
     return loss, backward
 
@@ -583,7 +582,7 @@ def network_dft(params):
     Raises BadInput if its p^(k+1) numbers are too many.
     """
     k, p, _ = params["u"].shape
-    if 16 * p ** (k + 1) > MAX_BYTES // 4:
+    if 16 * p ** (k + 1) > MAX_BYTES // 2:
         raise BadInput(f"too large: the DFT of f has {p}^{k + 1} numbers; take a smaller p")
     f = xp.concatenate([logits.copy() for _, logits in mlp_logit_blocks(params)])
     return xp.fft.fftn(f.reshape((p,) * (k + 1)))
@@ -755,7 +754,7 @@ def theory_check(params):
             ("S_j from the weights, smallest", float(s.real.min()), gamma * p**k, gamma * p**k),
             ("S_j from the weights, largest", float(s.real.max()), gamma * p**k, gamma * p**k),
             ("S_j imaginary part", float(xp.abs(s.imag).max()), 0, gamma * p**k)]
-    if 16 * p ** (k + 1) <= MAX_BYTES // 16:
+    if 16 * p ** (k + 1) <= MAX_BYTES // 8:
         f = xp.abs(network_dft(params))
         j = xp.arange(1, p)
         diagonal = (j,) * k + (p - j,)
@@ -812,7 +811,7 @@ OTHERWISE = {
     "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
           "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (0, 1e6), "lr": (0, 1e3),
-          "weight_decay": (0, 1e6), "penalty": (0, 1e6)}
+          "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 1e3)}
 
 
 def complete(config):
@@ -843,6 +842,7 @@ def complete(config):
                        ("penalty", max_margin(k, p))):
         if name not in given:
             config[name] *= unit
+    config.setdefault("penalty_power", nu)
     for name, (low, high) in RANGES.items():
         if not low <= config[name] <= high:
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
@@ -891,7 +891,7 @@ def train_step(run):
         lr *= grown ** (1 / (k + 1))
     else:
         nu = degree(k, c["activation"])
-        penalty(params, c["penalty"], nu, nu)[1](grads)
+        penalty(params, c["penalty"], nu, c["penalty_power"])[1](grads)
         decay = c["weight_decay"] * (1 - loss / math.log(p)).clip(0)
     run.step += 1
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, c["beta2"]))

@@ -10,8 +10,8 @@
 import argparse
 import math
 import os
-import resource
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -44,7 +44,9 @@ def parse(argv):
     add("--batch", type=int, help=f"inputs a step, all of them at most (default {d['batch']})")
     add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m)")
     add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m)")
-    add("--penalty", type=float, help="strength of sum_i ||theta_i||^(k+1) (default: from k, p, m)")
+    add("--penalty", type=float, help="strength of the penalty (default: from k, p and m)")
+    add("--penalty-power", type=float, help="penalty ||theta||_{2,k+1}^power: 1 is the paper's, "
+        "Def. 3.1 (default k+1, which makes it sum_i ||theta_i||^(k+1))")
     add("--init-std", type=float, help="of the Gaussian initial weights (default: from k, p and m)")
     add("--alone", type=float,
         help=f"share of the steps in which each neuron learns by itself (default {d['alone']})")
@@ -80,8 +82,9 @@ class Progress:
                 f"  power {line['max_normalized_power']:5.3f}"
                 f"  single {line['single_frequency_fraction']:5.3f}"
                 f"  freqs {line['frequencies_used']:3d}{ratio}  {left:4.0f} s left")
-        print("\r" + text if self.live else text, end="\n" if last or not self.live else "",
-              flush=True)
+        if self.live:
+            text = "\r" + text[:shutil.get_terminal_size().columns - 1]
+        print(text, end="\n" if last or not self.live else "", flush=True)
 
 
 def claim(path, config):
@@ -132,6 +135,9 @@ def train(run, out, save_every, resume_command):
 
 def benchmark(run):
     """Time whole steps and, in turn with them, the step's five matrix products alone."""
+    import resource  # here, as Windows has none
+    if run.config["max_margin"]:
+        raise fc.BadInput("--benchmark times a step on a random batch; leave --max-margin out")
     k, p, m = run.params["u"].shape
     n = min(run.config["batch"], len(run.inputs))
     rng, dtype = np.random.default_rng(0), run.config["dtype"]
@@ -158,7 +164,8 @@ def benchmark(run):
             f()
             taken.append(1000 * (time.perf_counter() - began))
     whole, alone = (statistics.median(times[f][3:]) for f in (step, products))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, a MiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print(f"k = {k}, p = {p}, m = {m}, batch {n}, {dtype}, "
           f"{len(times[step]) - 3} steps on the {'CPU' if fc.xp is np else 'GPU'}\n"
           f"  step             {whole:8.2f} ms (median)\n"
