@@ -257,7 +257,7 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
 
 def init_mlp(k, p, m, std, rng, dtype="float32"):
     """{"u": [k, p, m], "w": [m, p]}, entries N(0, std^2), drawn on the host so that CPU = GPU."""
-    draw = lambda *shape: xp.asarray((std * rng.standard_normal(shape)).astype(dtype))  # noqa: E731
+    draw = lambda *shape: xp.asarray((std * rng.standard_normal(shape)).astype(dtype))
     return {"u": draw(k, p, m), "w": draw(m, p)}
 
 
@@ -333,7 +333,7 @@ def interaction(params, a, buf=None):  # [n, k] -> scalar, {"u": du, "w": dw}
     value = 0
     for part in blocks(m, (k + 1) * n * u.dtype.itemsize, 8 * BLOCK_BYTES):
         tables, grads = [[*x[0][:, :, part], x[1][part].T] for x in ((u, w), (du, dw))]
-        new = lambda name: buf(name, (n, tables[0].shape[1]), u.dtype)  # noqa: E731
+        new = lambda name: buf(name, (n, tables[0].shape[1]), u.dtype)
         x = [xp.matmul(onehot[j], tables[j], out=new(f"x{j}")) for j in range(k + 1)]
         before = [None, x[0]]  # before[j] = x[0] .. x[j-1]
         for j in range(1, k):
@@ -857,7 +857,7 @@ def complete(config):
 def new_run(config):
     """A run at step 0. Split, weights and batches have random streams of their own."""
     k, p, m, seed = (config[name] for name in ("k", "p", "m", "seed"))
-    stream = lambda i: np.random.default_rng([seed, i])  # noqa: E731
+    stream = lambda i: np.random.default_rng([seed, i])
     train = split(k, p, config["train_fraction"], stream(0))
     params = init_mlp(k, p, m, config["init_std"], stream(1), config["dtype"])
     zeros = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]

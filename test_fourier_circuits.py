@@ -628,7 +628,8 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--train-fraction 0", "--train-fraction 1.5", "--train-fraction nan", "--train-fraction -1",
     "--train-fraction 1e-9", "--steps 0", "--steps -1", "--batch 0", "--lr -1", "--lr nan",
     "--lr inf", "--alone 0.9", "--equal 1", "--benchmark --max-margin", "--weight-decay -1",
-    "--max-margin --activation relu", "--weight-decay nan", "--seed -1", "--save-every -1", "--k 6 --p 97", "--k 1000000000",
+    "--max-margin --activation relu", "--weight-decay nan", "--seed -1", "--save-every -1", "--k 6 --p 97",
+    "--k 1000000000",
     "--p 1000000007", "--k 99999999 --p 99999999", "--m 10000000000", "--activation tanh",
     "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])

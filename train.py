@@ -73,7 +73,7 @@ class Progress:
         last = line["step"] == self.run.config["steps"]
         if not (self.live or last or line["step"] // every % 5 == 0):
             return
-        share = lambda x: "    -" if x is None else f"{x:5.3f}"  # noqa: E731
+        share = lambda x: "    -" if x is None else f"{x:5.3f}"
         done = max(1, line["step"] - self.first)
         left = (time.monotonic() - self.began) / done * (self.run.config["steps"] - line["step"])
         ratio = f"  margin/gamma* {line['margin_ratio']:6.4f}" if "margin_ratio" in line else ""
@@ -141,7 +141,7 @@ def benchmark(run):
     k, p, m = run.params["u"].shape
     n = min(run.config["batch"], len(run.inputs))
     rng, dtype = np.random.default_rng(0), run.config["dtype"]
-    draw = lambda *shape: fc.xp.asarray(rng.standard_normal(shape, dtype))  # noqa: E731
+    draw = lambda *shape: fc.xp.asarray(rng.standard_normal(shape, dtype))
     x, u, h, w, logits = draw(n, k * p), draw(k * p, m), draw(n, m), draw(m, p), draw(n, p)
     du, dw, dh, z = (fc.xp.empty_like(a) for a in (u, w, h, h))
 
