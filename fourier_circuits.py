@@ -31,9 +31,7 @@ Gradients are d + the name: dz is the gradient of the loss with respect to z.
 import itertools
 import json
 import math
-import operator
 import os
-import zipfile
 from dataclasses import dataclass, field
 
 import numpy as np
