@@ -294,7 +294,7 @@ def loss_and_gradients(params, a, activation="power", buf=None):
     u, buf = params["u"], buf or Buffers()
     k, p, m = u.shape
     width = 1 if a.shape[1] == k else p  # inputs a row
-    limit = WHOLE_BYTES if width == 1 else BLOCK_BYTES
+    limit = WHOLE_BYTES if width == 1 else 8 * BLOCK_BYTES
     loss, grads = 0, None
     for rows in blocks(len(a), width * m * u.dtype.itemsize, limit):
         y = labels(a[rows], p)
@@ -1004,17 +1004,18 @@ def load_run(path):
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a broken zip fails in many ways
         raise BadInput(f"{path} is not a run file, or it is damaged") from None
+    if meta.get("version") not in range(1, VERSION + 1):
+        raise BadInput(f"{path} was written by a newer version of this program (format "
+                       f"{meta.get('version')}, known: {VERSION}); update the program to read it")
     try:
-        if meta["version"] > VERSION:
-            raise BadInput(f"{path} was written by a newer version of this program (format "
-                           f"{meta['version']}, known: {VERSION}); update the program to read it")
-        config, step = meta["config"], meta["step"]
+        config, step = complete(meta["config"]), meta["step"]
         k, p, m = (config[name] for name in ("k", "p", "m"))
         spectra, dtypes = arrays["power_at_init"], {x.dtype for x in arrays.values()}
-        if (complete(config) != config or not 0 <= step <= config["steps"]
+        if (not 0 <= step <= config["steps"]
                 or arrays["train"].shape != (-(-p**k // 8),) or spectra.shape != (k + 1, m)
                 or dtypes != {spectra.dtype, arrays["meta"].dtype, np.dtype("u1")}
-                or spectra.dtype != config["dtype"] or {len(x) for x in meta["history"]} > {0}):
+                or spectra.dtype != config["dtype"]
+                or not all(isinstance(line, dict) for line in meta["history"])):
             raise ValueError
         groups = []
         for group in ("params", "first", "second"):
@@ -1025,7 +1026,5 @@ def load_run(path):
         rng = np.random.default_rng()
         rng.bit_generator.state = meta["rng"]
         return Run(config, *groups, train, rng, spectra, step, meta["seconds"], meta["history"])
-    except (KeyError, ValueError, TypeError) as error:
-        if isinstance(error, BadInput) and "newer version" in str(error):
-            raise
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise BadInput(f"{path} is damaged: its parts do not fit together") from None

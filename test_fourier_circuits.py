@@ -684,7 +684,7 @@ def test_broken_files(tmp_path, capsys, monkeypatch):
                    {"step": "x"}, {"rng": {}}, {"history": 3}, {"config": other}):
         np.savez(bad, **{**arrays, "meta": np.array(json.dumps({**meta, **change}))})
         line = refused(capsys, monkeypatch, analyze, bad)
-        assert ("newer version" in line) == (change == {"version": fc.VERSION + 1})
+        assert ("newer version" in line) == ("version" in change)
 
 
 def test_resume_with_other_flags(tmp_path, capsys, monkeypatch):
