@@ -7,17 +7,18 @@ A network sees k numbers a_1 .. a_k modulo p and must name their sum modulo p. T
 the best such network (largest normalized margin) consists of neurons that are cosines of a single
 frequency each, and observes that training finds just these. In reading order:
 
-    arrays    use_device, to_host
+    arrays    use_device, to_host, Buffers
     data      all_inputs, labels, split                                              Eq. 1
     layers    embed_sum, power, relu, linear, cross_entropy: y, backward = layer(..)
     network   init_mlp, mlp, loss_and_gradients                                      Eq. 2
-    norm      neuron_norms, norm, penalty, max_margin                                Defs 3.1, B.2
-    training  adamw, schedule, new_run, train_step
+    norm      neuron_norms, norm, penalty, max_margin         Defs B.2, 3.1, Theorem 4.1.1
+    AdamW     adamw
     margins   margins, evaluate, normalized_margin                                   Def. 3.6
-    Fourier   power_spectrum, neuron_spectra, ablate                                 Section 4
-    weights   diagonal_dft, class_margin_from_weights, margin_bound, efficiency      Lemmas 4.2, F.2
-    theory    paper_network, rotated_network, theory_check                           Theorem 4.1
-    runs      save_run, load_run, report
+    Fourier   power_spectrum, neuron_spectra, ablate, network_dft      Section 4, Lemma F.2
+    weights   diagonal_dft, class_margin_from_weights, margin_bound, efficiency      Lemma 4.2
+    theory    paper_network, rotated_network, theory_check          Theorem 4.1, Lemma 4.3
+    training  interaction, complete, schedule, train_step                            Lemma 3.7
+    runs      progress, report, save_run, load_run
 
 Letters
     p        modulus, at least 2                  a, y     inputs [n, k], labels [n]
@@ -32,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -267,6 +269,8 @@ def mlp(params, a, activation="power", buf=None):  # [n, k] -> [n, p], or [n, k-
     """
     buf = buf or Buffers()
     k = len(params["u"])
+    if len(a) == 0 or a.shape[1] not in (k, k - 1):
+        raise BadInput(f"inputs of shape {a.shape}: rows of k = {k} or k-1 numbers are needed")
     embed = embed_sum if a.shape[1] == k else embed_grid
     z, embed_backward = embed(params["u"], a, buf)
     h, activation_backward = power(z, k, buf) if activation == "power" else relu(z, buf)
@@ -314,36 +318,6 @@ def loss_and_gradients(params, a, activation="power", buf=None):
         for name, d in dparams.items():
             grads[name] += d
     return loss, grads
-
-
-def interaction(params, a, buf=None):  # [n, k] -> scalar, {"u": du, "w": dw}
-    """-k! mean_a sum_i u_{i,1}(a_1) .. u_{i,k}(a_k) w_i(a_1 + .. + a_k), and its gradients.
-
-    Of all terms of z^k only this one, the product of all k numbers' parts, can tell one sum from
-    another: where no u_j and w has a mean, all others average to 0 over D_p, and this one is, up to
-    (p-1)/p, the mean class-weighted margin (Lemma 4.2). Each neuron here stands by itself.
-    """
-    u, w, buf = params["u"], params["w"], buf or Buffers()
-    k, p, m = u.shape
-    n, eye = len(a), xp.eye(p, dtype=u.dtype)
-    onehot = [eye[a[:, j]] for j in range(k)] + [-math.factorial(k) / n * eye[labels(a, p)]]
-    du, dw = buf("du alone", u.shape, u.dtype), buf("dw alone", w.shape, w.dtype)
-    value = 0
-    for part in blocks(m, (k + 1) * n * u.dtype.itemsize, 8 * BLOCK_BYTES):
-        tables, grads = [[*x[0][:, :, part], x[1][part].T] for x in ((u, w), (du, dw))]
-        new = lambda name: buf(name, (n, tables[0].shape[1]), u.dtype)
-        x = [xp.matmul(onehot[j], tables[j], out=new(f"x{j}")) for j in range(k + 1)]
-        before = [None, x[0]]  # before[j] = x[0] .. x[j-1]
-        for j in range(1, k):
-            before.append(xp.multiply(before[j], x[j], out=new(f"before{j}")))
-        value = value + (before[k] * x[k]).sum()
-        grads[k][...] = onehot[k].T @ before[k]
-        after = x[k]  # x[j+1] .. x[k]
-        for j in range(k - 1, -1, -1):
-            dx = xp.multiply(before[j], after, out=new("dx alone")) if j else after
-            grads[j][...] = onehot[j].T @ dx
-            after = xp.multiply(after, x[j], out=new("after")) if j else None
-    return value, {"u": du, "w": dw}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -395,7 +369,7 @@ def penalty(params, strength, nu, power):
     norms, total = neuron_norms(params), norm(params, nu)
 
     def backward(grads):  # power ||theta||^(power-nu) ||theta_i||^(nu-2) theta_i
-        c = strength * power * total ** (power - nu) * norms ** (nu - 2)
+        c = strength * power * (total or 1) ** (power - nu) * norms ** (nu - 2)
         grads["u"] += c * params["u"]
         grads["w"] += c[:, None] * params["w"]
 
@@ -403,7 +377,7 @@ def penalty(params, strength, nu, power):
 
 
 # ------------------------------------------------------------------------------------------------
-# Training
+# AdamW
 
 
 def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98), eps=1e-30):
@@ -580,7 +554,7 @@ def network_dft(params):
     Raises BadInput if its p^(k+1) numbers are too many.
     """
     k, p, _ = params["u"].shape
-    if 16 * p ** (k + 1) > MAX_BYTES // 2:
+    if 16 * p ** (k + 1) > MAX_BYTES // 4:
         raise BadInput(f"too large: the DFT of f has {p}^{k + 1} numbers; take a smaller p")
     f = xp.concatenate([logits.copy() for _, logits in mlp_logit_blocks(params)])
     return xp.fft.fftn(f.reshape((p,) * (k + 1)))
@@ -599,7 +573,7 @@ def neuron_dft(params):  # -> complex [p, m]
 
 
 def diagonal_dft(params):  # -> [p]
-    """S_j = f^(j, .., j, -j) for j = 1 .. p-1, real up to rounding for a trained network; S_0 = 0.
+    """S_j = f^(j, .., j, -j) for j = 1 .. p-1, real if all phase errors are 0; S_0 = 0.
 
     A max-margin network has S_j > 0 (Lemma F.2), on the unit ball S_j = gamma* p^k for all j != 0.
     """
@@ -607,7 +581,11 @@ def diagonal_dft(params):  # -> [p]
 
 
 def class_margin_from_weights(params):
-    """Mean class-weighted margin of f over D_p: sum_{j != 0} S_j / ((p-1) p^k) (Lemma 4.2)."""
+    """Mean class-weighted margin of f over D_p: sum_{j != 0} S_j / ((p-1) p^k) (Lemma 4.2).
+
+    For one neuron and odd p, folding j and p-j, this is the lemma's (D.8's)
+    2 k!/((p-1) p^k) sum_{j=1}^{(p-1)/2} |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(arg u^_1 + .. - arg w^).
+    """
     k, p, _ = params["u"].shape
     return float(diagonal_dft(params).real.sum()) / ((p - 1) * p**k)
 
@@ -626,8 +604,8 @@ def margin_bound(params):
 def efficiency(params):  # -> [m]
     """Each neuron's class-weighted margin at unit norm over gamma*, in [-1, 1] (Lemma 4.2).
 
-    1: the neuron is as good as any can be, a cosine with its phases in order. Odd p (for even p a
-    Nyquist neuron's optimum is higher, 2^((k-1)/2) (p-1)/.. of a pair's, and the value may pass 1).
+    1: the neuron is as good as any can be, a cosine with its phases in order. That is for odd p;
+    for even p a cosine reaches (p-2+r)/(p-1), r = 2^(-(k-1)/2), a Nyquist neuron 1/r times that.
     """
     k, p, _ = params["u"].shape
     mean = neuron_dft(params).real.sum(axis=0) / ((p - 1) * float(p) ** k)
@@ -656,7 +634,7 @@ def paper_network(k, p):
     s = signs(k)[None]  # [1, 2^(k-1), k]
     sign = s.prod(axis=2) * (-1) ** (q.sum(axis=1) // 2)[:, None]  # [2^k, 2^(k-1)]
     amplitudes = np.concatenate([s.repeat(len(q), axis=0), sign[:, :, None]], axis=2)
-    phases = -np.pi / 2 * late + 0 * amplitudes
+    phases = np.broadcast_to(-np.pi / 2 * late, amplitudes.shape)
     return cosine_network(k, p, amplitudes.reshape(-1, k + 1), phases.reshape(-1, k + 1))
 
 
@@ -705,8 +683,8 @@ def cosine_network(k, p, amplitudes, phases):
 def class_weights(k, p):  # -> [p], by Delta = y' - y; sum 1
     """The wrong classes' weights under which every neuron of a max-margin network is optimal.
 
-    Uniform, 1/(p-1), for odd p (Def. 3.6). For even p, A + B (-1)^Delta makes the Nyquist frequency
-    worth as much as a pair.
+    Uniform, 1/(p-1), for odd p (Def. 3.6). For even p a Nyquist neuron makes 1/r times the margin
+    of a cosine of its norm, r = 2^(-(k-1)/2); weights A + B (-1)^Delta bring it down by r.
     """
     r = 2 ** (-(k - 1) / 2) if p % 2 == 0 else 1
     slope = (1 - r) / (p - 1 + r)  # B = slope (1 + A), A (p-1) = 1 + B
@@ -717,8 +695,11 @@ def class_weights(k, p):  # -> [p], by Delta = y' - y; sum 1
 
 
 def theory_check(params):
-    """Compare a network of norm 1 with Theorem 4.1 on all p^k inputs, by brute force.
+    """Compare a network of norm 1 with Theorem 4.1 (G.2) on all p^k inputs, by brute force.
 
+    A network of norm 1 is max-margin if and only if f(a)[c] = gamma* (1{c = sum a} - 1/p), so that
+    all wrong classes are alike (Condition 3.8). The dual: for every neuron the gradient of the mean
+    weighted margin g' is grad_i E g' = (k+1) gamma* ||theta_i||^(k-1) theta_i.
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]
     """
     k, p, m = params["u"].shape
@@ -752,7 +733,7 @@ def theory_check(params):
             ("S_j from the weights, smallest", float(s.real.min()), gamma * p**k, gamma * p**k),
             ("S_j from the weights, largest", float(s.real.max()), gamma * p**k, gamma * p**k),
             ("S_j imaginary part", float(xp.abs(s.imag).max()), 0, gamma * p**k)]
-    if 16 * p ** (k + 1) <= MAX_BYTES // 8:
+    if 16 * p ** (k + 1) <= MAX_BYTES // 4:  # else network_dft would refuse
         f = xp.abs(network_dft(params))
         j = xp.arange(1, p)
         diagonal = (j,) * k + (p - j,)
@@ -763,6 +744,40 @@ def theory_check(params):
     largest = float(max(xp.abs(x).max() for x in scaled.values()))
     rows += [("dual condition, residual", residual, 0, largest)]
     return [(what, got, wanted, abs(got - wanted) / unit) for what, got, wanted, unit in rows]
+
+
+# ------------------------------------------------------------------------------------------------
+# Training: the rule is in complete, its timetable in schedule, its steps in train_step
+
+
+def interaction(params, a, buf=None):  # [n, k] -> scalar, {"u": du, "w": dw}
+    """-k! mean_a sum_i u_{i,1}(a_1) .. u_{i,k}(a_k) w_i(a_1 + .. + a_k), and its gradients in buf.
+
+    Of all terms of z^k only this one, the product of all k numbers' parts, can tell one sum from
+    another: where no u_j and w has a mean, all others average to 0 over D_p, and this one is, up to
+    (p-1)/p, the mean class-weighted margin (Lemma 4.2). Each neuron here stands by itself.
+    """
+    u, w, buf = params["u"], params["w"], buf or Buffers()
+    k, p, m = u.shape
+    n, eye = len(a), xp.eye(p, dtype=u.dtype)
+    onehot = [eye[a[:, j]] for j in range(k)] + [-math.factorial(k) / n * eye[labels(a, p)]]
+    du, dw = buf("du alone", u.shape, u.dtype), buf("dw alone", w.shape, w.dtype)
+    value = 0
+    for part in blocks(m, (k + 1) * n * u.dtype.itemsize, 8 * BLOCK_BYTES):
+        tables, grads = [[*x[:, :, part], y[part].T] for x, y in ((u, w), (du, dw))]  # k+1 [p, ..]
+        new = lambda name: buf(name, (n, tables[0].shape[1]), u.dtype)
+        x = [xp.matmul(onehot[j], tables[j], out=new(f"x{j}")) for j in range(k + 1)]
+        before = [None, x[0]]  # before[j] = x[0] .. x[j-1]
+        for j in range(1, k):
+            before.append(xp.multiply(before[j], x[j], out=new(f"before{j}")))
+        value = value + (before[k] * x[k]).sum()
+        grads[k][...] = onehot[k].T @ before[k]
+        after = x[k]  # x[j+1] .. x[k]
+        for j in range(k - 1, -1, -1):
+            dx = xp.multiply(before[j], after, out=new("dx alone")) if j else after
+            grads[j][...] = onehot[j].T @ dx
+            after = xp.multiply(after, x[j], out=new("after")) if j else None
+    return value, {"u": du, "w": dw}
 
 
 def natural_scale(k, p, m, margin=10):
@@ -792,8 +807,8 @@ class Run:
         self.buf = Buffers()
         c = self.config
         index, k = np.flatnonzero(self.train), c["k"]
-        if c["batch"] >= len(index) == c["p"] ** k and not c["alone"]:
-            index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p at each step: prefixes
+        if self.train.all() and c["batch"] >= len(index) and c["alone"] == 0:
+            index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p at each step: prefixes do
         self.inputs = digits(xp.asarray(index), k, c["p"])
         rng = np.random.default_rng([c["seed"], 3])
         self.samples = [sample_inputs(np.flatnonzero(part), c["k"], c["p"], rng, 4096)
@@ -808,8 +823,8 @@ OTHERWISE = {
                    "init_std": 0.1, "lr": 0.03, "weight_decay": 0, "penalty": 0.1, "beta2": 0.95},
     "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
-          "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (0, 1e6), "lr": (0, 1e3),
-          "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 1e3)}
+          "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (1e-9, 1e6), "lr": (0, 1e3),
+          "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 16)}
 
 
 def complete(config):
@@ -817,16 +832,17 @@ def complete(config):
 
     The rule behind the defaults is one for all k and p, in units of s = natural_scale(k, p, m):
     DEFAULTS and OTHERWISE hold init_std / s, lr / s, weight_decay s nu and penalty / gamma*.
-    1. Up to the share alone of the steps each neuron by itself climbs its interaction. That is the
-       gradient of the network's own loss while its outputs are small; but there, on a part of D_p,
-       the other terms of z^k bury it in noise: 3, 11, 47, 205 times its variance at k = 2, 3, 4, 5.
+    1. Up to the share alone of the steps each neuron by itself climbs its interaction. On all of
+       D_p that is the gradient of the network's loss while its outputs are small; on a part of it
+       the other terms of z^k are noise, and at Gaussian weights the mean square of z^k is 3, 11,
+       47, 205 times that of the interaction at k = 2, 3, 4, 5.
     2. Up to the share equal the network learns as a whole, with cross-entropy.
-       In 1 and 2 all vectors of all neurons are kept at mean 0 and at one norm, which in 2 grows so
-       that the ideal network's margin would rise from 0.3 to 10: none can win by size, so each
-       settles on a frequency of its own.
+       In 1 and 2 all vectors of all neurons are kept at mean 0 and at one norm (see schedule): none
+       can win by size, so each settles on a frequency of its own.
     3. Then all is free: cross-entropy + penalty sum_i ||theta_i||^(k+1), and weight decay times
        1 - loss / log p, as decay that begins before anything is learned ends all learning.
     lr is held, in units of the growing norm, in 1 and 2, and goes linearly to 0 in 3.
+    max_margin: 3 alone, on all of D_p and without decay, as Lemma 3.7 has it.
     """
     kinds = [kind for kind in OTHERWISE if config.get(kind) or config.get("activation") == kind]
     rule = {**DEFAULTS, **{name: x for kind in kinds for name, x in OTHERWISE[kind].items()}}
@@ -846,7 +862,10 @@ def complete(config):
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
                            f"between {low} and {high}")
     if config["alone"] > config["equal"]:
-        raise BadInput(f"alone {config['alone']} must not exceed equal {config['equal']}")
+        raise BadInput(f"alone {config['alone']} must not exceed equal {config['equal']}; "
+                       f"give --alone too")
+    if config["alone"] and config["activation"] != "power":
+        raise BadInput("alone must be 0 for ReLU: the interaction is that of the power activation")
     if config["max_margin"] and config["activation"] != "power":
         raise BadInput("max-margin is for the power activation, the one with a known gamma*")
     return config
@@ -869,32 +888,41 @@ def standardize(params, rms):
         x *= rms / xp.sqrt((x * x).mean(axis=axis, keepdims=True))
 
 
+def schedule(config, step):
+    """The timetable of complete: -> stage "alone", "equal" or "free", lr, rms of all weights.
+
+    rms is for the first two stages: the size at which the ideal network has the margin 0.3 in the
+    first and, growing, 10 at the end of the second.
+    """
+    k, p, m, alone, equal = (config[name] for name in ("k", "p", "m", "alone", "equal"))
+    done = step / config["steps"]
+    stage = "alone" if done < alone else "equal" if done < equal else "free"
+    lr = config["lr"] * min(1, (step + 1) / 10)  # ten steps to warm up
+    if stage == "free":
+        return stage, lr * (1 - done) / (1 - equal), None
+    ahead = 1 if stage == "alone" else (equal - done) / (equal - alone)  # goes from 1 to 0
+    grown = 0.03**ahead  # of the margin 10; weights go by its (k+1)-th root
+    return stage, lr * grown ** (1 / (k + 1)), natural_scale(k, p, m, 10 * grown)
+
+
 def train_step(run):
     """One step by the rule of complete."""
     c, params = run.config, run.params
-    k, p, m = params["u"].shape
-    done = run.step / c["steps"]
-    a = run.inputs
+    stage, lr, rms = schedule(c, run.step)
+    a, decay = run.inputs, 0
     if c["batch"] < len(a):
         a = a[xp.asarray(run.rng.integers(0, len(a), c["batch"]))]
-    if done < c["alone"]:
-        grads = interaction(params, a, run.buf)[1]
+    if stage == "alone":
+        _, grads = interaction(params, a, run.buf)
     else:
         loss, grads = loss_and_gradients(params, a, c["activation"], run.buf)
-    decay = 0
-    lr = c["lr"] * min(1, (run.step + 1) / 10, (1 - done) / (1 - c["equal"]))
-    if done < c["equal"]:
-        grown = 0.03 ** min(1, (c["equal"] - done) / max(1e-9, c["equal"] - c["alone"]))
-        scale = natural_scale(k, p, m, 10 * grown)
-        lr *= grown ** (1 / (k + 1))
-    else:
-        nu = degree(k, c["activation"])
-        penalty(params, c["penalty"], nu, c["penalty_power"])[1](grads)
-        decay = c["weight_decay"] * (1 - loss / math.log(p)).clip(0)
+    if stage == "free":
+        penalty(params, c["penalty"], degree(c["k"], c["activation"]), c["penalty_power"])[1](grads)
+        decay = c["weight_decay"] * (1 - loss / math.log(c["p"])).clip(0)
     run.step += 1
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, c["beta2"]))
-    if done < c["equal"]:
-        standardize(params, scale)
+    if stage != "free":
+        standardize(params, rms)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -926,7 +954,7 @@ def progress(run):
 
 
 def report(run):
-    """What the network is and does, as a dict ready for JSON.
+    """What the network is and does, as a dict ready for JSON; margin is the normalized one.
 
     Measured on all of D_p, but for the two ablated networks on at most 2^17 random inputs.
     """
@@ -961,19 +989,16 @@ def report(run):
 
 def check_writable(path):
     """Raise BadInput, before any work, if a run cannot be saved at path. Leaves what is there."""
-    part = f"{path}.part"
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadInput(f"cannot write {path}: it is not a regular file")
     try:
-        with open(part, "wb"):
-            pass
-        os.unlink(part)
+        tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
 
 def save_run(path, run):
-    """Write a run to an .npz file, whole or not at all. Raises BadInput if that cannot be done."""
+    """Write a run to an .npz file, whole or not at all, by way of path.part. Raises BadInput."""
     arrays = {f"{group} {name}": to_host(x) for group in ("params", "first", "second")
               for name, x in getattr(run, group).items()}
     meta = {"format": FORMAT, "version": VERSION, "config": run.config, "step": run.step,

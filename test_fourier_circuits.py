@@ -631,6 +631,8 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--max-margin --activation relu", "--weight-decay nan", "--seed -1", "--save-every -1",
     "--k 6 --p 97", "--k 1000000000",
     "--p 1000000007", "--k 99999999 --p 99999999", "--m 10000000000", "--activation tanh",
+    "--init-std 0", "--penalty-power 1000", "--activation relu --alone 0.1",
+    "--equal 0",
     "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
 def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):
@@ -640,7 +642,8 @@ def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", ["", "missing.npz", ".", "--theory run.npz", "--theory --p 1",
-                                  "--theory --k 1", "--theory --k 9 --p 97", "--theory --p x"])
+                                  "--theory --k 1", "--theory --k 9 --p 97", "--theory --p x",
+                                  "--theory --json"])
 def test_bad_flags_of_analyze(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     refused(capsys, monkeypatch, analyze, *argv.split())
@@ -875,7 +878,8 @@ def test_training_and_analysis_on_the_stand_in(settings, tmp_path, monkeypatch, 
         assert got[name] == (pytest.approx(x, rel=1e-6) if isinstance(x, float) else x), name
     fc.save_run(tmp_path / "run.npz", run)
     assert analyze.main([str(tmp_path / "run.npz"), "--device", "gpu"]) == 0
-    assert "Lemma F.2" in capsys.readouterr().out
+    shown = "Lemma F.2" in capsys.readouterr().out
+    assert shown == (run.config["activation"] == "power")  # S_j is of z^k
     fc.use_device("cpu")
     for name, x in fc.load_run(tmp_path / "run.npz").params.items():
         assert x == pytest.approx(expected.params[name], rel=1e-3, abs=1e-6)
