@@ -994,7 +994,7 @@ def check_writable(path):
     try:
         tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+        raise BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
 
 
 def save_run(path, run):
@@ -1014,7 +1014,7 @@ def save_run(path, run):
     except OSError as error:
         if os.path.exists(part):
             os.unlink(part)
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+        raise BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
 
 
 def load_run(path):

@@ -79,11 +79,11 @@ class Progress:
         done = max(1, line["step"] - self.first)
         left = (time.monotonic() - self.began) / done * (self.run.config["steps"] - line["step"])
         ratio = f"  margin/gamma* {line['margin_ratio']:6.4f}" if "margin_ratio" in line else ""
-        text = (f"step {line['step']:6d}  loss {line['train_loss']:8.2e}"
+        text = (f"step {line['step']:6d}  {left:4.0f} s left  loss {line['train_loss']:8.2e}"
                 f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}"
                 f"  power {line['max_normalized_power']:5.3f}"
                 f"  single {line['single_frequency_fraction']:5.3f}"
-                f"  freqs {line['frequencies_used']:3d}{ratio}  {left:4.0f} s left")
+                f"  freqs {line['frequencies_used']:3d}{ratio}")
         if self.live:
             text = "\r" + text[:shutil.get_terminal_size().columns - 1]
         print(text, end="\n" if last or not self.live else "", flush=True)
