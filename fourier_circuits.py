@@ -980,7 +980,7 @@ def report(run):
         "max_normalized_power_at_init": float(run.power_at_init.mean()),
         "max_normalized_power_expected": expected_max_power(p),
         "phase_error": float(s["phase_error"][live].mean()),
-        "frequencies_used": int((used > 0).sum()), "frequencies_total": p // 2,
+        "frequencies_used": int((used > 0).sum()), "frequencies_total": p // 2,  # Theorem 4.1.3
         "frequency_histogram": used.tolist(),
         "margin": margin, "max_margin": theory,
         "margin_ratio": theory and margin / theory,

@@ -388,6 +388,28 @@ def test_natural_scale():
         assert whole["margin"] == pytest.approx(10, rel=1e-11) == whole["largest_margin"]
 
 
+def test_schedule():
+    """Half alone, a fifth equal, the rest free; the margin grows 0.3 -> 10, lr warms up and ends."""
+    c = fc.complete({"steps": 100})
+    stage, lr, rms = zip(*(fc.schedule(c, step) for step in range(100)))
+    assert [stage.count(x) for x in ("alone", "equal", "free")] == [50, 20, 30]
+    scale = [fc.natural_scale(3, 23, 352, margin) for margin in (0.3, 10)]
+    assert rms[:50] == (rms[0],) * 50 and rms[0] == pytest.approx(scale[0], rel=1e-12)
+    assert list(rms[50:70]) == sorted(rms[50:70]) and 0.95 < rms[69] / scale[1] < 1
+    assert rms[70:] == (None,) * 30
+    assert lr[0] == pytest.approx(lr[9] / 10) and lr[10:50] == (lr[9],) * 40
+    assert lr[69] / lr[9] == pytest.approx(rms[69] / rms[9])
+    assert lr[70] == pytest.approx(c["lr"]) and lr[99] == pytest.approx(c["lr"] / 30)
+
+
+def test_standardize():
+    params = gaussian(3, 7, 5)
+    fc.standardize(params, 0.2)
+    x = fc.neurons(params)
+    assert abs(x.mean(axis=1)).max() < 1e-15
+    assert np.sqrt((x * x).mean(axis=1)) == pytest.approx(0.2, rel=1e-13)
+
+
 # ------------------------------------------------------------------------------------------------
 # Fourier analysis
 
