@@ -389,7 +389,7 @@ def test_natural_scale():
 
 
 def test_schedule():
-    """Half alone, a fifth equal, the rest free; the margin grows 0.3 -> 10, lr warms up and ends."""
+    """Half alone, a fifth equal, the rest free; the margin grows 0.3 -> 10; lr warms up, ends."""
     c = fc.complete({"steps": 100})
     stage, lr, rms = zip(*(fc.schedule(c, step) for step in range(100)))
     assert [stage.count(x) for x in ("alone", "equal", "free")] == [50, 20, 30]
