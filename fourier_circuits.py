@@ -366,7 +366,8 @@ def penalty(params, strength, nu, power):
     power = 1 is the paper's regularizer; power = nu makes it the sum of ||theta_i||^nu, smooth at 0
     and one term a neuron. -> value, backward(grads), which adds the gradient to grads in place.
     """
-    norms, total = neuron_norms(params), norm(params, nu)
+    norms = neuron_norms(params)
+    total = float((norms**nu).sum()) ** (1 / nu)
 
     def backward(grads):  # power ||theta||^(power-nu) ||theta_i||^(nu-2) theta_i
         c = strength * power * (total or 1) ** (power - nu) * norms ** (nu - 2)
