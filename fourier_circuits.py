@@ -898,9 +898,9 @@ def schedule(config, step):
     k, p, m, alone, equal = (config[name] for name in ("k", "p", "m", "alone", "equal"))
     done = step / config["steps"]
     stage = "alone" if done < alone else "equal" if done < equal else "free"
-    lr = config["lr"] * min(1, (step + 1) / 10)  # ten steps to warm up
+    lr = config["lr"] * min(1, (step + 1) / 10, (1 - done) / (1 - equal))  # ten steps to warm up
     if stage == "free":
-        return stage, lr * (1 - done) / (1 - equal), None
+        return stage, lr, None
     ahead = 1 if stage == "alone" else (equal - done) / (equal - alone)  # goes from 1 to 0
     grown = 0.03**ahead  # of the margin 10; weights go by its (k+1)-th root
     return stage, lr * grown ** (1 / (k + 1)), natural_scale(k, p, m, 10 * grown)
