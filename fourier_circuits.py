@@ -425,8 +425,8 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
 def evaluate(logit_blocks, train, k, p):
     """One pass over D_p. logit_blocks yields (slice, logits); train: bool [p^k] on the host.
 
-    -> dict: train_accuracy, test_accuracy (None without test inputs), accuracy (all of D_p), margin
-    (the smallest, h(theta)), largest_margin, class_margin (mean class-weighted margin).
+    -> dict: train_accuracy, test_accuracy (None without test inputs), margin (the smallest,
+    h(theta)), largest_margin, class_margin (mean class-weighted margin).
     """
     right, smallest, largest, total = np.zeros(p**k, bool), math.inf, -math.inf, 0.0
     for inputs, logits in logit_blocks:
@@ -437,8 +437,7 @@ def evaluate(logit_blocks, train, k, p):
         total += float(weighted.sum(dtype="float64"))
     return {"train_accuracy": float(right[train].mean()),
             "test_accuracy": None if train.all() else float(right[~train].mean()),
-            "accuracy": float(right.mean()), "margin": smallest, "largest_margin": largest,
-            "class_margin": total / p**k}
+            "margin": smallest, "largest_margin": largest, "class_margin": total / p**k}
 
 
 def sample_inputs(index, k, p, rng, most=2**17):
