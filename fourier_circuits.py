@@ -137,19 +137,38 @@ def labels(a, p):  # [n, k] -> [n]
     return sum(a.T) % p
 
 
-def split(k, p, fraction, rng):
+def split(k, p, fraction, rng, symmetric=False):
     """A random part of D_p to train on: bool [p^k] on the host, True on round(fraction p^k) inputs.
 
+    symmetric: for a network that cannot tell a_1 .. a_{k-1} apart; whole orbits are drawn, as to
+    such a network an input whose permuted copy it was trained on is no test.
     rng: a numpy Generator. Raises BadInput if the fraction is outside (0, 1] or selects nothing.
     """
     check_size(k, p)
-    count = round(fraction * p**k) if 0 < fraction <= 1 else 0
+    total, orbit = p**k, slice(None)
+    if symmetric:
+        first, orbit = np.unique(orbits(k, p), return_inverse=True)
+        total = len(first)
+    count = round(fraction * total) if 0 < fraction <= 1 else 0
     if count == 0:
         raise BadInput(f"train fraction {fraction} must lie in (0, 1] and give at least one of the "
                        f"p^k = {p**k} inputs")
-    train = np.zeros(p**k, bool)
-    train[rng.permutation(p**k)[:count]] = True
-    return train
+    train = np.zeros(total, bool)
+    train[rng.permutation(total)[:count]] = True
+    return train[orbit]
+
+
+def orbits(k, p):  # -> int [p^k], on the host
+    """For each input the number of its orbit's first member, the one with a_1 <= .. <= a_{k-1}."""
+    a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
+    a[:, :-1].sort(axis=1)
+    return a @ p ** np.arange(k - 1, -1, -1)
+
+
+def collisions(k, p):  # -> bool [p^k], on the host
+    """Inputs with two equal numbers among a_1 .. a_{k-1} (see attention)."""
+    a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
+    return (np.diff(np.sort(a[:, :-1], axis=1), axis=1) == 0).any(axis=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,27 +303,152 @@ def mlp(params, a, activation="power", buf=None):  # [n, k] -> [n, p], or [n, k-
     return logits, backward
 
 
-def mlp_logit_blocks(params, activation="power"):
+# ------------------------------------------------------------------------------------------------
+# Attention: a transformer of one layer, without positions (Figures 3, 9, 10). The last number asks.
+#
+#     E [p, d]             token embedding          W_Q, W_K, W_V [d, H, e]   H heads of width e
+#     b [H]                own score's bias         W_P [H, e, p]             projection to logits
+
+
+def init_attention(p, heads, d_head, d_model, std, rng, dtype="float32"):
+    """Embedding entries N(0, std^2), weights N(0, std^2 / fan-in), b ~ N(0, 1)."""
+    shapes = {"E": (p, d_model), **dict.fromkeys(("W_Q", "W_K", "W_V"), (d_model, heads, d_head)),
+              "W_P": (heads, d_head, p), "b": (heads,)}
+    sizes = {"E": std, "b": 1, "W_P": std / math.sqrt(heads * d_head)}
+    return {name: xp.asarray((sizes.get(name, std / math.sqrt(d_model))
+                              * rng.standard_normal(shape)).astype(dtype))
+            for name, shape in shapes.items()}
+
+
+def circuits(e, w_q, w_k, w_v, w_p):  # [v, d], 3 [d, H, e], [H, e, c] -> [H, v, v], [H, v, c]
+    """What a head attends to and what it then writes, for the v vectors that a first layer can see.
+
+    S_h[q, a] = (E W_Q^h)_q . (E W_K^h)_a / sqrt(e), the attention matrix W^{KQ} of the paper's
+    figures, in token space; OV_h[a, c] = (E W_V^h W_P^h)[a, c]. So Q, K and V are computed once a
+    token, not once a number of the batch.
+    """
+    v, d = e.shape
+    heads, width, _ = w_p.shape
+    flat = [w.reshape(d, -1) for w in (w_q, w_k, w_v)]
+    query, key, value = [(e @ w).reshape(v, heads, width).transpose(1, 0, 2) for w in flat]
+    scale = 1 / math.sqrt(width)
+    s = scale * (query @ key.transpose(0, 2, 1))
+    ov = value @ w_p
+
+    def backward(ds, dov):
+        ds = scale * ds
+        dx = [ds @ key, ds.transpose(0, 2, 1) @ query, dov @ w_p.transpose(0, 2, 1)]
+        dx = [x.transpose(1, 0, 2).reshape(v, -1) for x in dx]
+        de = sum(x @ w.T for x, w in zip(dx, flat))
+        return de, *((e.T @ x).reshape(w_q.shape) for x in dx), value.transpose(0, 2, 1) @ dov
+
+    return s, ov, backward
+
+
+def attend(s, ov, b, a, buf):  # [H, v, v], [H, v, c], [H], [n, k] -> [n, c]
+    """y[c] = sum_h sum_j A_hj OV_h[a_j, c], A_h = softmax over j of S_h[a_k, a_j] + b_h 1{j = k}.
+
+    The n k (input, position) pairs are visited token by token: each token is one small product.
+    """
+    n, k = a.shape
+    heads, v, _ = s.shape
+    token, query = a.T.reshape(-1), xp.tile(a[:, -1], k)  # [k n], position by position
+    order = xp.argsort(token)
+    ends = np.cumsum(to_host(xp.bincount(token, minlength=v))).tolist()
+    pairs = [order[i:j] for i, j in zip([0, *ends], ends)]  # of each token
+    write = xp.ascontiguousarray(ov.transpose(1, 0, 2))  # [v, H, c], by token
+    weight = s.transpose(2, 1, 0).reshape(v * v, heads)[token * v + query]  # [k n, H]
+    A = weight.reshape(k, n, heads)
+    A[-1] += b
+    A -= A.max(axis=0)
+    xp.exp(A, out=A)
+    A /= A.sum(axis=0)
+    y = buf("y", (k * n, ov.shape[2]), s.dtype)
+    for c, i in enumerate(pairs):
+        y[i] = weight[i] @ write[c]
+
+    def backward(dy):
+        dwrite, ds = xp.zeros_like(write), xp.zeros((v, v, heads), s.dtype)
+        dweight = buf("dA", weight.shape, s.dtype)
+        for c, i in enumerate(pairs):
+            dyi = dy[i % n]
+            dwrite[c] = weight[i].T @ dyi
+            dweight[i] = dyi @ write[c].T
+        dA = dweight.reshape(A.shape)
+        dA -= (A * dA).sum(axis=0)  # softmax: dscore = A (dA - sum_j A dA)
+        dA *= A
+        onehot = xp.eye(v, dtype=s.dtype)
+        for c, i in enumerate(pairs):
+            ds[c] = onehot[query[i]].T @ dweight[i]
+        return ds.transpose(2, 1, 0), dwrite.transpose(1, 0, 2), dA[-1].sum(axis=0)
+
+    return y.reshape(k, n, -1).sum(axis=0), backward
+
+
+def attention(params, a, buf=None):  # [n, k] -> [n, p]
+    """logits[c] = sum_h sum_j A_hj OV_h[a_j, c], softmax over the k numbers, queried by the last.
+
+    b_h, the bias of the query's own score, is ours. -> logits, backward(dlogits) -> a dict like
+    params. Why it can add, and where that is hard:
+    - Without the softmax's denominator it could not for k >= 3: for a fixed query the logits are
+      sums of one term a key. The denominator multiplies the keys.
+    - For small scores A_j = pi (1 + s_j - pi (s_1 + .. + s_k) + ..): the products of two keys' terms
+      have the sign -. At a collision, a_i = a_j, the terms pi s_j OV[a_j] hold the same sum with
+      the sign +, so collisions need other heads; the report counts them apart.
+    """
+    names = "E", "W_Q", "W_K", "W_V", "W_P"
+    s, ov, circuits_backward = circuits(*(params[name] for name in names))
+    logits, attend_backward = attend(s, ov, params["b"], a, buf or Buffers())
+
+    def backward(dlogits):
+        ds, dov, db = attend_backward(dlogits)
+        return {**dict(zip(names, circuits_backward(ds, dov))), "b": db}
+
+    return logits, backward
+
+
+# ------------------------------------------------------------------------------------------------
+# All networks alike
+
+
+def network(params, a, activation="power", buf=None):
+    """The network that has these parameters, on inputs a: mlp, attention, or its bare circuits."""
+    if "u" in params:
+        return mlp(params, a, activation, buf)
+    if "S" in params:
+        return attend(params["S"], params["OV"], params["b"], a, buf or Buffers())
+    return attention(params, a, buf)
+
+
+def row_bytes(params):
+    """What an input takes in the widest layer; transformers are given 1024 inputs a block."""
+    return params["w"][:, 0].nbytes if "w" in params else WHOLE_BYTES / 1024
+
+
+def logit_blocks(params, k, p, activation="power"):
     """The network on all of D_p in the order of all_inputs: yields (slice of inputs, logits)."""
-    k, p, m = params["u"].shape
-    buf = Buffers()
-    for rows in blocks(p ** (k - 1), p * m * params["u"].dtype.itemsize, 8 * BLOCK_BYTES):
-        prefix = digits(xp.arange(rows.start, rows.stop), k - 1, p)
-        yield slice(rows.start * p, rows.stop * p), mlp(params, prefix, activation, buf)[0]
+    buf, size, width, limit = Buffers(), row_bytes(params), 1, WHOLE_BYTES
+    if "u" in params:  # prefixes do
+        size, width, limit = p * size, p, 8 * BLOCK_BYTES
+    for rows in blocks(p**k // width, size, limit):
+        a = digits(xp.arange(rows.start, rows.stop), k - (width > 1), p)
+        yield (slice(rows.start * width, rows.stop * width),
+               network(params, a, activation, buf)[0])
 
 
 def loss_and_gradients(params, a, activation="power", buf=None):
     """Mean cross-entropy over inputs or prefixes a (see mlp), its gradients; in blocks of rows."""
-    u, buf = params["u"], buf or Buffers()
-    k, p, m = u.shape
-    width = 1 if a.shape[1] == k else p  # inputs a row
-    limit = WHOLE_BYTES if width == 1 else 8 * BLOCK_BYTES
+    buf, size, width, limit = buf or Buffers(), row_bytes(params), 1, WHOLE_BYTES
+    if "u" in params and a.shape[1] < len(params["u"]):  # prefixes
+        width = params["u"].shape[1]
+        size, limit = width * size, 8 * BLOCK_BYTES
     loss, grads = 0, None
-    for rows in blocks(len(a), width * m * u.dtype.itemsize, limit):
+    for rows in blocks(len(a), size, limit):
+        logits, backward = network(params, a[rows], activation, buf)
+        p = logits.shape[1]
         y = labels(a[rows], p)
         if width > 1:
             y = ((y[:, None] + xp.arange(p)) % p).reshape(-1)
-        logits, backward = mlp(params, a[rows], activation, buf)
         part, loss_backward = cross_entropy(logits, y)
         share = len(y) / (len(a) * width)
         dparams = backward(share * loss_backward())
@@ -384,7 +528,7 @@ def penalty(params, strength, nu, power):
 def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98), eps=1e-30):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
 
-    first, second: running means of the gradient and of its square, dicts like params; step counts
+    Biases, the arrays of one axis, do not decay. first, second: running means of the gradient and of its square, dicts like params; step counts
     from 1. eps is tiny by default: the gradients of a small network are themselves below 1e-8.
     """
     beta1, beta2 = betas
@@ -396,7 +540,8 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
             xi, gi, mi, vi = x[part], g[part], m[part], v[part]
             mi += (1 - beta1) * (gi - mi)
             vi += (1 - beta2) * (gi * gi - vi)
-            xi *= 1 - lr * weight_decay
+            if params[name].ndim > 1:
+                xi *= 1 - lr * weight_decay
             t = xp.sqrt(vi)
             t += eps * root
             xp.divide(mi, t, out=t)
@@ -426,7 +571,7 @@ def evaluate(logit_blocks, train, k, p):
     """One pass over D_p. logit_blocks yields (slice, logits); train: bool [p^k] on the host.
 
     -> dict: train_accuracy, test_accuracy (None without test inputs), margin (the smallest,
-    h(theta)), largest_margin, class_margin (mean class-weighted margin).
+    h(theta)), largest_margin, class_margin (mean class-weighted margin), right: bool [p^k].
     """
     right, smallest, largest, total = np.zeros(p**k, bool), math.inf, -math.inf, 0.0
     for inputs, logits in logit_blocks:
@@ -437,7 +582,8 @@ def evaluate(logit_blocks, train, k, p):
         total += float(weighted.sum(dtype="float64"))
     return {"train_accuracy": float(right[train].mean()),
             "test_accuracy": None if train.all() else float(right[~train].mean()),
-            "margin": smallest, "largest_margin": largest, "class_margin": total / p**k}
+            "margin": smallest, "largest_margin": largest, "class_margin": total / p**k,
+            "right": right}
 
 
 def sample_inputs(index, k, p, rng, most=2**17):
@@ -449,8 +595,9 @@ def sample_inputs(index, k, p, rng, most=2**17):
 def accuracy(params, a, activation="power"):
     """Mean cross-entropy and accuracy on inputs a [n, k]."""
     loss, right, buf = 0.0, 0, Buffers()
-    for rows in blocks(len(a), params["w"][:, 0].nbytes, WHOLE_BYTES):
-        logits, y = mlp(params, a[rows], activation, buf)[0], labels(a[rows], params["w"].shape[1])
+    for rows in blocks(len(a), row_bytes(params), WHOLE_BYTES):
+        logits, _ = network(params, a[rows], activation, buf)
+        y = labels(a[rows], logits.shape[1])
         loss += float(cross_entropy(logits, y)[0]) * len(y)
         right += int((margins(logits, y)[0] > 0).sum())
     return loss / len(a), right / len(a)
@@ -460,7 +607,7 @@ def normalized_margin(params, activation="power"):
     """h(theta) / ||theta||^nu, the margin of theta / ||theta||, over all of D_p; at most gamma*."""
     k, p, _ = params["u"].shape
     nu = degree(k, activation)
-    whole = evaluate(mlp_logit_blocks(params, activation), np.ones(p**k, bool), k, p)
+    whole = evaluate(logit_blocks(params, k, p, activation), np.ones(p**k, bool), k, p)
     return whole["margin"] / (norm(params, nu) ** nu or 1)
 
 
@@ -556,8 +703,65 @@ def network_dft(params):
     k, p, _ = params["u"].shape
     if 16 * p ** (k + 1) > MAX_BYTES // 4:
         raise BadInput(f"too large: the DFT of f has {p}^{k + 1} numbers; take a smaller p")
-    f = xp.concatenate([logits.copy() for _, logits in mlp_logit_blocks(params)])
+    f = xp.concatenate([logits.copy() for _, logits in logit_blocks(params, k, p)])
     return xp.fft.fftn(f.reshape((p,) * (k + 1)))
+
+
+def head_spectrum(s):  # [H, p, p] -> s [H, p, p], power [H, p p], partner [p p]
+    """2-D DFT power of S_h without the mean of each query's row, which no softmax can see.
+
+    Entry u p + v: query frequency u, key frequency v. A real matrix has equal power at (u, v) and
+    at (-u, -v), its partner; the first of the two holds both.
+    """
+    p = s.shape[1]
+    s = s - s.mean(axis=2, keepdims=True)
+    r = xp.arange(p * p)
+    partner = -(r // p) % p * p + -r % p
+    fold = (r <= partner).astype(s.dtype) + (r < partner)
+    return s, xp.abs(xp.fft.fft2(s).reshape(len(s), -1)) ** 2 * fold, partner
+
+
+def head_spectra(params):
+    """Each head's Fourier measures (Figures 3, 9, 10), as a dict of arrays on the host.
+
+    shares [H, 3]    of the power of S_h in its top one, two and three frequency pairs +-(u, v);
+                     cos(x u) cos(y v) is two pairs, (u, v) and (u, -v), of half the power each
+    top [H, 3, 2]    those pairs, u in -p/2 .. p/2 (query) and v in 0 .. p/2 (key)
+    rank [H]         singular values of S_h above a hundredth of the largest
+    live [H]         rms(S_h) rms(OV_h) above a twentieth of the largest, both without what changes
+                     no answer: the means of rows, and of OV_h those of columns too
+    """
+    s, ov, _ = circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))
+    p = s.shape[1]
+    s, power, _ = head_spectrum(s)
+    order = xp.argsort(-power, axis=1)[:, :3]
+    shares = xp.cumsum(xp.take_along_axis(power, order, axis=1), axis=1)
+    shares /= xp.maximum(power.sum(axis=1, keepdims=True), xp.finfo(power.dtype).tiny)
+    u, v = order // p, order % p
+    sign = xp.where(2 * v > p, -1, 1)
+    u = (sign * u + (p - 1) // 2) % p - (p - 1) // 2
+    ov = ov - ov.mean(axis=2, keepdims=True)
+    ov = ov - ov.mean(axis=1, keepdims=True)
+    size = xp.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
+    values = xp.linalg.svd(s, compute_uv=False)
+    return {name: to_host(x) for name, x in {
+        "shares": shares, "top": xp.stack([u, sign * v % p], axis=2),
+        "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
+        "live": size > 0.05 * size.max()}.items()}
+
+
+def ablate_heads(params, keep=2):
+    """The causal check: each S_h with its top frequency pairs only, and with all the others only.
+
+    -> restricted, excluded, each {"S", "OV", "b"} for network.
+    """
+    s, ov, _ = circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))
+    s, power, partner = head_spectrum(s)
+    order = xp.argsort(-power, axis=1)[:, :keep]
+    mask = (xp.arange(power.shape[1]) == order[:, :, None]).any(axis=1)
+    mask |= mask[:, partner]
+    kept = xp.fft.ifft2(xp.fft.fft2(s) * mask.reshape(s.shape)).real.astype(s.dtype)
+    return [{"S": x, "OV": ov, "b": params["b"]} for x in (kept, s - kept)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -798,7 +1002,7 @@ class Run:
     second: dict
     train: np.ndarray  # bool [p^k], see split
     rng: np.random.Generator  # draws the batches
-    power_at_init: np.ndarray  # max_power of neuron_spectra before the first step, [k+1, m]
+    power_at_init: np.ndarray  # before the first step: max_power [k+1, m], or shares [H, 3]
     step: int = 0
     seconds: float = 0.0
     history: list = field(default_factory=list)  # one dict a line of progress
@@ -807,7 +1011,9 @@ class Run:
         self.buf = Buffers()
         c = self.config
         index, k = np.flatnonzero(self.train), c["k"]
-        if self.train.all() and c["batch"] >= len(index) and c["alone"] == 0:
+        if c["model"] == "transformer":  # one input an orbit
+            index = np.flatnonzero(self.train & (orbits(k, c["p"]) == np.arange(c["p"] ** k)))
+        elif self.train.all() and c["batch"] >= len(index) and c["alone"] == 0:
             index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p at each step: prefixes do
         self.inputs = digits(xp.asarray(index), k, c["p"])
         rng = np.random.default_rng([c["seed"], 3])
@@ -815,23 +1021,27 @@ class Run:
                         for part in (self.train, ~self.train)]
 
 
-DEFAULTS = {"k": 3, "p": 23, "activation": "power", "max_margin": False, "train_fraction": 0.5,
-            "steps": 1500, "batch": 1024, "seed": 0, "dtype": "float32", "alone": 0.5, "equal": 0.7,
-            "init_std": 1, "lr": 0.05, "weight_decay": 1.2, "penalty": 0.05, "beta2": 0.98}
-OTHERWISE = {
+COMMON = {"model": "mlp", "k": 3, "p": 23, "train_fraction": 0.5, "steps": 1500, "batch": 1024,
+          "seed": 0, "dtype": "float32", "init_std": 1, "beta2": 0.98}
+DEFAULTS = {
+    "mlp": {"m": None, "activation": "power", "max_margin": False, "alone": 0.5, "equal": 0.7,
+            "lr": 0.05, "weight_decay": 1.2, "penalty": 0.05, "penalty_power": None},
     "max_margin": {"train_fraction": 1, "steps": 1000, "batch": 2**30, "alone": 0, "equal": 0,
                    "init_std": 0.1, "lr": 0.03, "weight_decay": 0, "penalty": 0.1, "beta2": 0.95},
-    "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0}}
+    "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0},
+    "transformer": {"p": 31, "heads": 160, "d_head": 4, "d_model": 128, "steps": 6000,
+                    "init_std": 0.2, "lr": 3e-3, "weight_decay": 4, "hold": 0.5}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
           "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (1e-9, 1e6), "lr": (0, 1e3),
-          "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 16)}
+          "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 16),
+          "heads": (1, 10**6), "d_head": (1, 10**6), "d_model": (1, 10**6), "hold": (0, 0.99)}
 
 
 def complete(config):
     """Fill in the settings that are not given, and check them. Raises BadInput.
 
-    The rule behind the defaults is one for all k and p, in units of s = natural_scale(k, p, m):
-    DEFAULTS and OTHERWISE hold init_std / s, lr / s, weight_decay s nu and penalty / gamma*.
+    The rule behind the defaults of the MLP is one for all k and p, in units of s = natural_scale(k,
+    p, m): DEFAULTS holds init_std / s, lr / s, weight_decay s nu and penalty / gamma*.
     1. Up to the share alone of the steps each neuron by itself climbs its interaction. On all of
        D_p that is the gradient of the network's loss while its outputs are small; on a part of it
        the other terms of z^k are noise, and at Gaussian weights the mean square of z^k is 3, 11,
@@ -843,24 +1053,46 @@ def complete(config):
        1 - loss / log p, as decay that begins before anything is learned ends all learning.
     lr is held, in units of the growing norm, in 1 and 2, and goes linearly to 0 in 3.
     max_margin: 3 alone, on all of D_p and without decay, as Lemma 3.7 has it.
+    The transformer is all free from the start: lr is held up to the share hold, decay as in 3.
     """
-    kinds = [kind for kind in OTHERWISE if config.get(kind) or config.get("activation") == kind]
-    rule = {**DEFAULTS, **{name: x for kind in kinds for name, x in OTHERWISE[kind].items()}}
+    model = config.get("model", COMMON["model"])
+    if model not in ("mlp", "transformer"):
+        raise BadInput(f"model {model!r} is not known: it must be mlp or transformer")
+    kinds = [model] + [kind for kind in ("max_margin", "relu") if model == "mlp"
+                       and (config.get(kind) or config.get("activation") == kind)]
+    rule = COMMON | {name: x for kind in kinds for name, x in DEFAULTS[kind].items()}
+    for name in config:
+        if name not in rule:
+            raise BadInput(f"{name.replace('_', '-')} does not apply to the model {model}")
     given, config = config, {**rule, **config}
     k, p = config["k"], config["p"]
     check_size(k, p)
-    m = config.setdefault("m", 2 ** (2*k - 2) * (p - 1))
+    if model == "mlp":
+        complete_mlp(config, given)
+    for name, (low, high) in RANGES.items():
+        if name in config and not low <= config[name] <= high:
+            raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
+                           f"between {low} and {high}")
+    if model == "transformer":
+        width = config["heads"] * config["d_head"]
+        if 16 * (4 * width * max(config["d_model"], p) + 2 * config["heads"] * p * p) > MAX_BYTES:
+            raise BadInput("too large: the weights and the attention matrices of all heads exceed "
+                           f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads")
+    return config
+
+
+def complete_mlp(config, given):
+    """complete's settings in the units of natural_scale, in place."""
+    k, p = config["k"], config["p"]
+    m = config["m"] = 2 ** (2*k - 2) * (p - 1) if config["m"] is None else config["m"]
     check_size(k, p, m)
     s, nu = natural_scale(k, p, m), degree(k, config["activation"])
     for name, unit in (("init_std", s), ("lr", s), ("weight_decay", 1 / (s * nu)),
                        ("penalty", max_margin(k, p))):
         if name not in given:
             config[name] *= unit
-    config.setdefault("penalty_power", nu)
-    for name, (low, high) in RANGES.items():
-        if not low <= config[name] <= high:
-            raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
-                           f"between {low} and {high}")
+    if config["penalty_power"] is None:
+        config["penalty_power"] = nu
     if config["alone"] > config["equal"]:
         raise BadInput(f"alone {config['alone']} must not exceed equal {config['equal']}; "
                        f"give --alone too")
@@ -868,17 +1100,26 @@ def complete(config):
         raise BadInput("alone must be 0 for ReLU: the interaction is that of the power activation")
     if config["max_margin"] and config["activation"] != "power":
         raise BadInput("max-margin is for the power activation, the one with a known gamma*")
-    return config
+
+
+def initial(config, rng):
+    """The parameters before the first step."""
+    c = config
+    if c["model"] == "mlp":
+        return init_mlp(c["k"], c["p"], c["m"], c["init_std"], rng, c["dtype"])
+    return init_attention(c["p"], c["heads"], c["d_head"], c["d_model"], c["init_std"], rng,
+                          c["dtype"])
 
 
 def new_run(config):
     """A run at step 0. Split, weights and batches have random streams of their own."""
-    k, p, m, seed = (config[name] for name in ("k", "p", "m", "seed"))
-    stream = lambda i: np.random.default_rng([seed, i])
-    train = split(k, p, config["train_fraction"], stream(0))
-    params = init_mlp(k, p, m, config["init_std"], stream(1), config["dtype"])
+    stream = lambda i: np.random.default_rng([config["seed"], i])
+    attends = config["model"] == "transformer"
+    train = split(config["k"], config["p"], config["train_fraction"], stream(0), attends)
+    params = initial(config, stream(1))
     zeros = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
-    return Run(config, params, *zeros, train, stream(2), neuron_spectra(params)["max_power"])
+    spectra = head_spectra(params)["shares"] if attends else neuron_spectra(params)["max_power"]
+    return Run(config, params, *zeros, train, stream(2), spectra)
 
 
 def standardize(params, rms):
@@ -894,12 +1135,14 @@ def schedule(config, step):
     rms is for the first two stages: the size at which the ideal network has the margin 0.3 in the
     first and, growing, 10 at the end of the second.
     """
-    k, p, m, alone, equal = (config[name] for name in ("k", "p", "m", "alone", "equal"))
     done = step / config["steps"]
+    alone, equal = config.get("alone", 0), config.get("equal", 0)
     stage = "alone" if done < alone else "equal" if done < equal else "free"
-    lr = config["lr"] * min(1, (step + 1) / 10, (1 - done) / (1 - equal))  # ten steps to warm up
+    held = config.get("hold", equal)
+    lr = config["lr"] * min(1, (step + 1) / 10, (1 - done) / (1 - held))  # ten steps to warm up
     if stage == "free":
         return stage, lr, None
+    k, p, m = (config[name] for name in ("k", "p", "m"))
     ahead = 1 if stage == "alone" else (equal - done) / (equal - alone)  # goes from 1 to 0
     grown = 0.03**ahead  # of the margin 10; weights go by its (k+1)-th root
     return stage, lr * grown ** (1 / (k + 1)), natural_scale(k, p, m, 10 * grown)
@@ -915,9 +1158,11 @@ def train_step(run):
     if stage == "alone":
         _, grads = interaction(params, a, run.buf)
     else:
-        loss, grads = loss_and_gradients(params, a, c["activation"], run.buf)
+        loss, grads = loss_and_gradients(params, a, c.get("activation"), run.buf)
     if stage == "free":
-        penalty(params, c["penalty"], degree(c["k"], c["activation"]), c["penalty_power"])[1](grads)
+        if c.get("penalty"):
+            penalty(params, c["penalty"], degree(c["k"], c["activation"]),
+                    c["penalty_power"])[1](grads)
         decay = c["weight_decay"] * (1 - loss / math.log(c["p"])).clip(0)
     run.step += 1
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, c["beta2"]))
@@ -936,55 +1181,105 @@ def progress(run):
 
     In a max-margin run also the normalized margin over gamma*, on all of D_p.
     """
-    c = run.config
-    k, p = c["k"], c["p"]
+    c, params = run.config, run.params
     line = {"step": run.step}
     for name, a in zip(("train", "test"), run.samples):
         line[f"{name}_loss"] = line[f"{name}_accuracy"] = None
         if len(a):
-            loss, right = accuracy(run.params, a, c["activation"])
+            loss, right = accuracy(params, a, c.get("activation"))
             line[f"{name}_loss"], line[f"{name}_accuracy"] = loss, right
-    s = neuron_spectra(run.params)
-    line["max_normalized_power"] = float(s["max_power"][:, s["live"]].mean())
-    line["single_frequency_fraction"] = float((s["concentration"][s["live"]] > 0.95).mean())
-    line["frequencies_used"] = len(set(s["frequency"][s["live"]].tolist()))
-    if c["max_margin"]:
-        line["margin_ratio"] = normalized_margin(run.params) / max_margin(k, p)
+    line |= head_measures(params)[0] if c["model"] == "transformer" else neuron_measures(params)[0]
+    if c.get("max_margin"):
+        line["margin_ratio"] = normalized_margin(params) / max_margin(c["k"], c["p"])
     return line
 
 
+def neuron_measures(params):
+    """-> the summary of neuron_spectra over live neurons, neuron_spectra"""
+    s = neuron_spectra(params)
+    live = s["live"]
+    return {"max_normalized_power": float(s["max_power"][:, live].mean()),
+            "single_frequency_fraction": float((s["concentration"][live] > 0.95).mean()),
+            "frequencies_used": len(set(s["frequency"][live].tolist()))}, s
+
+
+def head_measures(params):
+    """-> the summary of head_spectra, its medians over live heads, and head_spectra"""
+    s = head_spectra(params)
+    live = s["live"]
+    return {"top_two_share": float(np.median(s["shares"][live, 1])), "live_heads": int(live.sum()),
+            "frequencies_used": len(set(s["top"][live, 0, 1].tolist()))}, s
+
+
 def report(run):
-    """What the network is and does, as a dict ready for JSON; margin is the normalized one.
+    """What the network is and does, as a dict ready for JSON.
 
     Measured on all of D_p, but for the two ablated networks on at most 2^17 random inputs.
     """
     c, params = run.config, run.params
+    k, p = c["k"], c["p"]
+    whole = evaluate(logit_blocks(params, k, p, c.get("activation")), run.train, k, p)
+    a = sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
+    about = report_heads if c["model"] == "transformer" else report_neurons
+    sizes = ("model", "k", "p", "m", "activation", "heads", "d_head", "d_model", "train_fraction",
+             "seed")
+    return {**{name: c[name] for name in sizes if name in c},
+            "steps": run.step, "seconds": round(run.seconds, 2),
+            "train_accuracy": whole["train_accuracy"], "test_accuracy": whole["test_accuracy"],
+            **about(run, whole, a)}
+
+
+def report_neurons(run, whole, a):
+    """report's part on the MLP; margin is the normalized one."""
+    params, activation = run.params, run.config["activation"]
     k, p, m = params["u"].shape
-    activation = c["activation"]
     nu = degree(k, activation)
-    s = neuron_spectra(params)
+    measures, s = neuron_measures(params)
     live = s["live"]
     used = np.bincount(s["frequency"][live], minlength=p // 2 + 1)[1:]
-    whole = evaluate(mlp_logit_blocks(params, activation), run.train, k, p)
-    a = sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
     kept, rest = (accuracy(x, a, activation)[1] for x in ablate(params))
     margin = whole["margin"] / (norm(params, nu) ** nu or 1)
     theory = max_margin(k, p) if activation == "power" else None
     return {
-        **{name: c[name] for name in ("k", "p", "m", "activation", "train_fraction", "seed")},
-        "steps": run.step, "seconds": round(run.seconds, 2),
-        "train_accuracy": whole["train_accuracy"], "test_accuracy": whole["test_accuracy"],
-        "live_neurons": int(live.sum()),
-        "single_frequency_fraction": float((s["concentration"][live] > 0.95).mean()),
-        "max_normalized_power": float(s["max_power"][:, live].mean()),
+        "live_neurons": int(live.sum()), **measures,
         "max_normalized_power_at_init": float(run.power_at_init.mean()),
         "max_normalized_power_expected": expected_max_power(p),
         "phase_error": float(s["phase_error"][live].mean()),
-        "frequencies_used": int((used > 0).sum()), "frequencies_total": p // 2,  # Theorem 4.1.3
+        "frequencies_total": p // 2,  # Theorem 4.1.3: all of them
         "frequency_histogram": used.tolist(),
         "margin": margin, "max_margin": theory,
         "margin_ratio": theory and margin / theory,
         "restricted_accuracy": kept, "excluded_accuracy": rest}
+
+
+def report_heads(run, whole, a):
+    """report's part on attention. Shares are medians over live heads, at init over all.
+
+    fresh_accuracy is on held-out orbits, distinct_accuracy and collision_accuracy on those of them
+    where a_1 .. a_{k-1} are all different or not.
+    """
+    k, p = run.config["k"], run.config["p"]
+    measures, s = head_measures(run.params)
+    live = s["live"]
+    equal = collisions(k, p)
+    mean = lambda part: float(whole["right"][part].mean()) if part.any() else None
+    kept, rest = (accuracy(x, a)[1] for x in ablate_heads(run.params))
+    shares, before = (np.median(x, axis=0).tolist() for x in (s["shares"][live], run.power_at_init))
+    used = np.bincount(s["top"][live, 0, 1], minlength=p // 2 + 1)[1:]
+    return {
+        "fresh_accuracy": whole["test_accuracy"],
+        "distinct_accuracy": mean(~run.train & ~equal),
+        "collision_accuracy": mean(~run.train & equal), **measures,
+        "top_two_share_at_init": before[1],
+        "top_two_share_deciles": np.quantile(s["shares"][live, 1], (0.1, 0.5, 0.9)).tolist(),
+        "top_shares": shares, "top_shares_at_init": before,
+        "rank": float(np.median(s["rank"][live])),
+        "frequencies_total": p // 2, "frequency_histogram": used.tolist(),
+        "restricted_accuracy": kept, "excluded_accuracy": rest,
+        "each_head": [{"live": bool(on), "top": top.tolist(), "shares": share.tolist(),
+                       "shares_at_init": first.tolist(), "rank": int(rank)}
+                      for on, top, share, first, rank in zip(
+                          live, s["top"], s["shares"], run.power_at_init, s["rank"])]}
 
 
 def check_writable(path):
@@ -1034,19 +1329,18 @@ def load_run(path):
                        f"{meta.get('version')}, known: {VERSION}); update the program to read it")
     try:
         config, step = complete(meta["config"]), meta["step"]
-        k, p, m = (config[name] for name in ("k", "p", "m"))
+        k, p = config["k"], config["p"]
+        like = initial(config, np.random.default_rng(0))
         spectra, dtypes = arrays["power_at_init"], {x.dtype for x in arrays.values()}
+        shape = (k + 1, config["m"]) if config["model"] == "mlp" else (config["heads"], 3)
         if (not 0 <= step <= config["steps"]
-                or arrays["train"].shape != (-(-p**k // 8),) or spectra.shape != (k + 1, m)
+                or arrays["train"].shape != (-(-p**k // 8),) or spectra.shape != shape
                 or dtypes != {spectra.dtype, arrays["meta"].dtype, np.dtype("u1")}
                 or spectra.dtype != config["dtype"]
                 or not all(isinstance(line, dict) for line in meta["history"])):
             raise ValueError
-        groups = []
-        for group in ("params", "first", "second"):
-            shapes = {"u": (k, p, m), "w": (m, p)}
-            groups.append({name: xp.asarray(arrays[f"{group} {name}"].reshape(shape))
-                           for name, shape in shapes.items()})
+        groups = [{name: xp.asarray(arrays[f"{group} {name}"].reshape(x.shape))
+                   for name, x in like.items()} for group in ("params", "first", "second")]
         train = np.unpackbits(arrays["train"], count=p**k).astype(bool)
         rng = np.random.default_rng()
         rng.bit_generator.state = meta["rng"]

@@ -225,10 +225,13 @@ def test_adamw_by_hand():
             vhat = 0.0984/0.0396 = 2.48484848, root 1.57634030; 0.42105263/1.58634030 = 0.26542391;
             theta = 0.85049751 * 0.95 - 0.026542391 = 0.78143025.
     """
-    x, m, v = ({"u": np.full(1, value)} for value in (1.0, 0.0, 0.0))
-    for step, (g, expected) in enumerate([(2.0, 0.85049751), (-1.0, 0.78143025)], 1):
-        fc.adamw(x, {"u": np.full(1, g)}, m, v, step, 0.1, 0.5, (0.9, 0.98), 0.01)
-        assert x["u"][0] == pytest.approx(expected, abs=1e-8)
+    x, m, v = ({"u": np.full((1, 1), value), "b": np.full(1, value)} for value in (1.0, 0.0, 0.0))
+    for step, (g, expected, bias) in enumerate([(2.0, 0.85049751, 0.90049751),
+                                                (-1.0, 0.78143025, 0.87395512)], 1):
+        fc.adamw(x, {"u": np.full((1, 1), g), "b": np.full(1, g)}, m, v, step, 0.1, 0.5,
+                 (0.9, 0.98), 0.01)
+        assert x["u"][0, 0] == pytest.approx(expected, abs=1e-8)
+        assert x["b"][0] == pytest.approx(bias, abs=1e-8)  # of one axis: no decay
 
 
 def test_adamw_in_blocks_is_adamw(monkeypatch):
@@ -308,7 +311,7 @@ def test_no_gaussian_network_beats_gamma_star(k, p):
     """h <= both upper bounds from the weights; for odd p, E g' <= gamma* ||theta||^(k+1)."""
     for seed in range(5):
         params = gaussian(k, p, 5, seed)
-        h = fc.evaluate(fc.mlp_logit_blocks(params), np.ones(p**k, bool), k, p)["margin"]
+        h = fc.evaluate(fc.logit_blocks(params, k, p), np.ones(p**k, bool), k, p)["margin"]
         mean, bound = fc.class_margin_from_weights(params), fc.margin_bound(params)
         assert h <= bound <= mean + 1e-12
         size = fc.norm(params) ** (k + 1)
@@ -347,7 +350,7 @@ def test_formulas_from_the_weights(k, p):
     assert margin == pytest.approx(f[rows, y] - wrong.max(axis=1), rel=1e-12)
     assert weighted == pytest.approx(f[rows, y] - wrong.mean(axis=1), rel=1e-9, abs=1e-9)
     train_mask = fc.split(k, p, 0.5, rng())
-    whole = fc.evaluate(fc.mlp_logit_blocks(params), train_mask, k, p)
+    whole = fc.evaluate(fc.logit_blocks(params, k, p), train_mask, k, p)
     right = f.argmax(axis=1) == y
     assert whole["train_accuracy"] == right[train_mask].mean()
     assert whole["test_accuracy"] == right[~train_mask].mean()
@@ -384,7 +387,7 @@ def test_natural_scale():
         size = math.sqrt(sum((x**2).sum() for x in params.values()) / ((k + 1) * p * m))
         scale = fc.natural_scale(k, p, m) / size
         params = {name: scale * x for name, x in params.items()}
-        whole = fc.evaluate(fc.mlp_logit_blocks(params), np.ones(p**k, bool), k, p)
+        whole = fc.evaluate(fc.logit_blocks(params, k, p), np.ones(p**k, bool), k, p)
         assert whole["margin"] == pytest.approx(10, rel=1e-11) == whole["largest_margin"]
 
 
@@ -469,6 +472,208 @@ def test_ablate():
         kept, rest = fc.ablate(params)
         assert max(abs(kept[name] - params[name]).max() for name in params) < 1e-15
         assert max(abs(x).max() for x in rest.values()) < 1e-15
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention
+
+
+def small_attention(k, p, seed=0):
+    """A small network and 40 inputs, some of them collisions."""
+    return (fc.init_attention(p, 3, 2, 4, 1.5, rng(seed), "float64"),
+            rng(seed + 1).integers(0, p, (40, k)))
+
+
+def plain_attention(params, a):
+    """One layer of attention as one writes it: embed, project, score, softmax, mix, project."""
+    x = params["E"][a]  # [n, k, d]
+    q, k, v = (np.einsum("njd,dhe->nhje", x, params[name]) for name in ("W_Q", "W_K", "W_V"))
+    score = np.einsum("nhe,nhje->nhj", q[:, :, -1], k) / math.sqrt(q.shape[-1])
+    score[:, :, -1] += params["b"]
+    weight = np.exp(score) / np.exp(score).sum(axis=2, keepdims=True)
+    return np.einsum("nhj,nhje,hec->nc", weight, v, params["W_P"])
+
+
+def tables(params):
+    return fc.circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))
+
+
+@pytest.mark.parametrize("k, p", [(2, 5), (3, 5), (4, 3), (5, 2)])
+def test_attention_is_plain_attention(k, p):
+    """On a batch, on the grid in blocks, and from the tables S and OV alone."""
+    params, a = small_attention(k, p)
+    expected = plain_attention(params, a)
+    assert fc.attention(params, a)[0] == pytest.approx(expected, rel=1e-11, abs=1e-13)
+    s, ov, _ = tables(params)
+    bare, _ = fc.network({"S": s, "OV": ov, "b": params["b"]}, a)
+    assert bare == pytest.approx(expected, rel=1e-11, abs=1e-13)
+    grid = np.concatenate([x for _, x in fc.logit_blocks(params, k, p)])
+    assert grid == pytest.approx(plain_attention(params, fc.all_inputs(k, p)), rel=1e-11, abs=1e-13)
+
+
+def test_circuits_gradient():
+    params, _ = small_attention(3, 5)
+    arrays = list(params.values())[:5]
+    s, ov, backward = fc.circuits(*arrays)
+    ds, dov = rng(5).standard_normal((2, *s.shape))
+    f = lambda *x: sum((t * d).sum() for t, d in zip(fc.circuits(*x), (ds, dov)))
+    check_gradient(f, backward(ds, dov), arrays)
+
+
+@pytest.mark.parametrize("k, p", [(2, 5), (3, 5), (4, 3)])
+def test_attend_gradient(k, p):
+    params, a = small_attention(k, p)
+    s, ov, _ = tables(params)
+    y, backward = fc.attend(s, ov, params["b"], a, fc.Buffers())
+    dy = rng(6).standard_normal(y.shape)
+    f = lambda *x: (fc.attend(*x, a, fc.Buffers())[0] * dy).sum()
+    check_gradient(f, backward(dy), [s, ov, params["b"]])
+
+
+@pytest.mark.parametrize("k, p", [(2, 5), (3, 5), (4, 3), (5, 2)])
+def test_attention_gradient(k, p, monkeypatch):
+    """The whole network with its loss; in one block of rows and in many."""
+    params, a = small_attention(k, p)
+    f = lambda *x: fc.cross_entropy(plain_attention(dict(zip(params, x)), a), fc.labels(a, p))[0]
+    for rows in (1024, 7):
+        monkeypatch.setattr(fc, "row_bytes", lambda params: fc.WHOLE_BYTES / rows)
+        loss, grads = fc.loss_and_gradients(params, a)
+        assert loss == pytest.approx(f(*params.values()), rel=1e-12)
+        check_gradient(f, [grads[name] for name in params], list(params.values()))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_scores_are_finite(sign):
+    params, a = small_attention(3, 5)
+    s = sign * 1e4 * np.arange(5.0) + np.zeros((3, 5, 1))
+    y, backward = fc.attend(s, tables(params)[1], params["b"], a, fc.Buffers())
+    assert np.isfinite(y).all() and all(np.isfinite(x).all() for x in backward(np.ones_like(y)))
+
+
+@pytest.mark.parametrize("k", [3, 4])
+def test_attention_is_symmetric_in_the_keys(k):
+    params, a = small_attention(k, 7)
+    expected, _ = fc.attention(params, a)
+    for order in itertools.permutations(range(k - 1)):
+        permuted = fc.attention(params, a[:, [*order, k - 1]])[0]
+        assert permuted == pytest.approx(expected, rel=1e-11, abs=1e-13)
+    swapped = a[:, [*range(k - 2), k - 1, k - 2]]  # the query is not one of them
+    assert abs(fc.attention(params, swapped)[0] - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("k, p", [(2, 7), (3, 7), (4, 5), (5, 4)])
+def test_split_by_orbit_leaks_nothing(k, p):
+    mask = fc.split(k, p, 0.5, rng(), symmetric=True)
+    grid = mask.reshape((p,) * k)
+    for order in itertools.permutations(range(k - 1)):
+        assert (grid.transpose(*order, k - 1) == grid).all()
+    orbit, count = fc.orbits(k, p), math.comb(p + k - 2, k - 1) * p
+    assert len(set(orbit)) == count and (orbit <= np.arange(p**k)).all()
+    assert len(set(orbit[mask])) == round(0.5 * count)
+    run = small_run(model="transformer", k=k, p=p, steps=1, heads=2)
+    canonical = fc.to_host(run.inputs)  # each orbit once, all of the training half
+    assert len(canonical) == len(set(fc.orbits(k, p)[run.train]))
+    assert (np.diff(canonical[:, :-1], axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("k, p", [(2, 5), (3, 5), (4, 4)])
+def test_collisions(k, p):
+    expected = [len(set(a[:-1])) < k - 1 for a in itertools.product(range(p), repeat=k)]
+    assert fc.collisions(k, p).tolist() == expected
+
+
+@pytest.mark.parametrize("k, p", [(3, 5), (3, 8), (4, 3)])
+def test_without_the_denominator_no_sum_can_be_learned(k, p):
+    """Attention without it adds up terms of one key: the mean class margin on the grid is 0."""
+    params, _ = small_attention(k, p)
+    s, ov, _ = tables(params)
+    a = fc.all_inputs(k, p)
+    each, y = np.arange(len(a)), fc.labels(a, p)
+    weight = np.exp(s[:, a[:, -1:], a])  # [H, n, k]
+    logits = np.einsum("hnj,hnjc->nc", weight, ov[:, a])
+    margin = logits[each, y] - logits.mean(axis=1)
+    assert abs(margin.mean()) < 1e-12 * abs(logits).max()
+    logits = plain_attention(params, a)  # with it, it is not
+    assert abs((logits[each, y] - logits.mean(axis=1)).mean()) > 1e-4
+
+
+@pytest.mark.parametrize("b", [0.0, -2.0, 3.0])
+def test_the_sum_changes_sign_at_a_collision(b):
+    """k = 3, small scores: with pi = 1 / (2 + e^b) the attention to each key, softmax gives
+
+        A_j = pi (1 + s_j - pi (s_1 + s_2) - ..),  so  A_1 OV[a_1] + A_2 OV[a_2] has
+        cross terms -pi^2 (s_1 OV[a_2] + s_2 OV[a_1]) and own terms pi (1 - pi) s_j OV[a_j].
+
+    The cross terms of a pair of heads hold cos(q + a_1 + a_2 - c), the sum. At a_1 = a_2 the own
+    terms hold it too, with the other sign and more of it: -2 pi^2 becomes 2 pi (1 - 2 pi).
+    """
+    p, zeta, size = 11, 3, 1e-4
+    x = 2 * np.pi * zeta * np.arange(p) / p
+    plus, minus = x[:, None] + x, x[:, None] - x
+    s = size * np.array([np.cos(plus), -np.sin(plus)])  # [q, a]
+    ov = np.array([np.cos(minus), np.sin(minus)])  # [a, c]
+    a = fc.all_inputs(3, p)
+    logits, _ = fc.attend(s, ov, np.full(2, b), a, fc.Buffers())
+    right = np.cos(x[fc.labels(a, p)][:, None] - x)
+    sum_term = 2 / p * (logits * right).sum(axis=1) / size  # of cos(y - c), for each input
+    apart = (a[:, 1] - a[:, 0]) % p
+    measured = np.array([sum_term[apart == delta].mean() for delta in range(p)])
+    pi = 1 / (2 + math.exp(b))
+    expected = -2 * pi**2 + 2 * pi * (1 - pi) * np.cos(x)
+    assert measured == pytest.approx(expected, abs=1e-3)
+    assert measured.mean() < 0 < measured[0]
+
+
+@pytest.mark.parametrize("p", [7, 8])
+def test_head_spectrum_is_the_dft_folded(p):
+    s = rng().standard_normal((2, p, p)) + rng(1).standard_normal((2, p, 1))  # row means: unseen
+    centered, power, partner = fc.head_spectrum(s)
+    assert abs(centered.sum(axis=2)).max() < 1e-12
+    assert power.sum(axis=1) == pytest.approx(p**2 * (centered**2).sum(axis=(1, 2)), rel=1e-12)
+    for u, v in [(0, 1), (1, 1), (2, p - 1), (p - 1, p // 2)]:
+        both = (u * p + v, -u % p * p + -v % p)
+        assert partner[both[0]] == both[1]
+        x = 2 * np.pi / p * (u * np.arange(p)[:, None] + v * np.arange(p))
+        c = (centered * np.exp(-1j * x)).sum(axis=(1, 2))
+        expected = abs(c) ** 2 * (1 if both[0] == both[1] else 2)
+        assert power[:, min(both)] == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_head_spectra_find_planted_cosines():
+    """cos(3q) cos(2a) is two pairs, 2 cos(q - 4a) is one; the third head is dead."""
+    p = 11
+    params = fc.init_attention(p, 3, 2, 9, 1, rng(), "float64")
+    x = 2 * np.pi * np.arange(p) / p
+    waves = [f(zeta * x) for zeta in (1, 2, 3, 4) for f in (np.cos, np.sin)]
+    params["E"] = np.stack([*waves, np.ones(p)], axis=1)  # columns: cos x, sin x, cos 2x, ..
+    params["W_Q"], params["W_K"] = np.zeros((2, 9, 3, 2))
+    params["W_Q"][4, 0, 0] = params["W_K"][2, 0, 0] = 1
+    params["W_Q"][0, 1, 0] = params["W_Q"][1, 1, 1] = 2
+    params["W_K"][6, 1, 0] = params["W_K"][7, 1, 1] = 1
+    params["W_K"][8, 1, 0] = 5  # the same for all keys: invisible
+    s = fc.head_spectra(params)
+    assert s["shares"][:2] == pytest.approx(np.array([[0.5, 1, 1], [1, 1, 1]]), rel=1e-12)
+    assert sorted(s["top"][0, :2].tolist()) == [[-3, 2], [3, 2]]
+    assert s["top"][1, 0].tolist() == [-1, 4]
+    assert s["live"].tolist() == [True, True, False] and s["rank"][:2].tolist() == [1, 2]
+    kept, rest = fc.ablate_heads(params)
+    whole = tables(params)[0]
+    assert abs(kept["S"] - (whole - whole.mean(axis=2, keepdims=True))).max() < 1e-12
+    assert abs(rest["S"]).max() < 1e-12
+
+
+def test_ablate_heads():
+    """Kept and rest add up to what softmax sees; the rest has nothing at the top frequencies."""
+    params, a = small_attention(3, 7)
+    kept, rest = fc.ablate_heads(params)
+    whole, power, _ = fc.head_spectrum(tables(params)[0])
+    assert kept["S"] + rest["S"] == pytest.approx(whole, abs=1e-12)
+    left = fc.head_spectrum(rest["S"])[1]
+    for h, order in enumerate(power.argsort(axis=1)[:, ::-1]):
+        assert abs(left[h, order[:2]]).max() < 1e-20
+        assert left[h, order[2:]] == pytest.approx(power[h, order[2:]], abs=1e-10)
+    again, _ = fc.network({**kept, "S": kept["S"] + rest["S"]}, a)
+    assert again == pytest.approx(plain_attention(params, a), rel=1e-9, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def parse(argv):
                     epilog="--max-margin and --activation relu have defaults of their own: see "
                     "OTHERWISE in fourier_circuits.py",
                     argument_default=argparse.SUPPRESS)
-    add, d = parser.add_argument, fc.DEFAULTS
+    add, d = parser.add_argument, fc.COMMON | fc.DEFAULTS["mlp"]
     add("--k", type=int, help=f"numbers to add (default {d['k']})")
     add("--p", type=int, help=f"modulus (default {d['p']})")
     add("--figure", type=int, choices=sorted(FIGURES), help="the k and p of that figure")
