@@ -1,8 +1,8 @@
 """Look into trained runs, and check the theory's networks on all inputs.
 
-    python analyze.py RUN.npz                       report, some neurons, Lemma F.2
+    python analyze.py RUN.npz                       report, neurons and Lemma F.2, or heads
     python analyze.py RUN.npz --json                the report as JSON
-    python analyze.py RUN.npz --figures DIR         only draw Figures 1 and 2 (needs matplotlib)
+    python analyze.py RUN.npz --figures DIR         only draw its figures (needs matplotlib)
     python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
                                                     (k = 4, p = 23: 40 seconds)
@@ -62,6 +62,14 @@ def bars(x, low=None, high=None):
 
 def print_report(r):
     """Print what fc.report(run) measured."""
+    (print_attention_report if r["model"] == "transformer" else print_mlp_report)(r)
+    counts = r["frequency_histogram"]
+    for zeta, count in enumerate(counts, 1):
+        print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
+    print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
+
+
+def print_mlp_report(r):
     ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f} of gamma*"
     print(f"""
 {r['k']} numbers modulo {r['p']}, {r['m']} neurons, {r['activation']} activation, seed {r['seed']}
@@ -78,21 +86,42 @@ expected at random {r['max_normalized_power_expected']:.4f}
 chance {percent(1 / r['p'])}
   frequencies          {r['frequencies_used']} of {r['frequencies_total']} used; \
 live neurons of each:""")
-    counts = r["frequency_histogram"]
-    for zeta, count in enumerate(counts, 1):
-        print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
-    print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
+
+
+def print_attention_report(r):
+    shares = lambda name: ", ".join(f"{x:.3f}" for x in r[name])
+    print(f"""
+{r['k']} numbers modulo {r['p']}, {r['heads']} heads of {r['d_head']}, d_model {r['d_model']}, \
+seed {r['seed']}
+  accuracy             train {percent(r['train_accuracy'])}, \
+held-out orbits {percent(r['fresh_accuracy'])}
+  of the held-out      keys distinct {percent(r['distinct_accuracy'])}, \
+collisions {percent(r['collision_accuracy'])}
+  live heads           {r['live_heads']} of {r['heads']}
+  share of a head's 2-D spectrum, median over live heads:
+    top 1, 2, 3 pairs  {shares('top_shares')}; at init {shares('top_shares_at_init')}
+    top two, deciles   {shares('top_two_share_deciles')} (10, 50, 90%)
+  rank of S_h          {r['rank']:.0f} median (singular values above 1% of the largest)
+  restricted accuracy  {percent(r['restricted_accuracy'])} keeping only each head's top two pairs
+  excluded accuracy    {percent(r['excluded_accuracy'])} keeping only the rest; \
+chance {percent(1 / r['p'])}
+  key frequencies      {r['frequencies_used']} of {r['frequencies_total']} used; \
+live heads of each:""")
 
 
 def print_table(reports):
     """One line a run."""
     print("  k   p     m  seed   steps  train    test     single   phase   freqs    margin/gamma*")
     for r in reports:
-        ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f}"
-        print(f"{r['k']:3d} {r['p']:3d} {r['m']:5d} {r['seed']:5d} {r['steps']:7d}  "
-              f"{percent(r['train_accuracy']):8s} {percent(r['test_accuracy']):8s} "
-              f"{percent(r['single_frequency_fraction']):8s} {r['phase_error']:.4f}  "
-              f"{r['frequencies_used']:3d}/{r['frequencies_total']:<3d}  {ratio}")
+        if r["model"] == "transformer":
+            end = f"top two {r['top_two_share']:.3f}, {r['live_heads']} live heads"
+        else:
+            ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f}"
+            end = (f"{percent(r['single_frequency_fraction']):8s} {r['phase_error']:.4f}  "
+                   f"{r['frequencies_used']:3d}/{r['frequencies_total']:<3d}  {ratio}")
+        print(f"{r['k']:3d} {r['p']:3d} {r.get('m', r.get('heads')):5d} {r['seed']:5d} "
+              f"{r['steps']:7d}  {percent(r['train_accuracy']):8s} "
+              f"{percent(r['test_accuracy']):8s} {end}")
 
 
 def print_neurons(run, count=3):
@@ -109,6 +138,36 @@ def print_neurons(run, count=3):
               f"its power, phase error {s['phase_error'][i]:.4f}; weights | spectrum from 0")
         for j, name in enumerate([*(f"u_{j + 1}" for j in range(k)), "w"]):
             print(f"  {name:4s} {bars(vectors[j, :, i])} | {bars(spectra[j, :, i], low=0)}")
+
+
+def print_heads(run, lines=20, count=2):
+    """The strongest live heads, a line each; some as S_h, a row a query, beside its spectrum."""
+    s = fc.head_spectra(run.params)
+    order = np.argsort(-s["size"])[:s["live"].sum()]
+    print("\n head  size   top three pairs (query, key frequency) and their shares         rank")
+    for h in order[:lines]:
+        alone = np.diff(s["shares"][h], prepend=0)
+        tops = " ".join(f"({u:3d},{v:3d}) {share:.3f} " for (u, v), share in zip(s["top"][h], alone))
+        print(f" {h:4d} {s['size'][h]:5.3f}   {tops}        {s['rank'][h]:3d}")
+    if len(order) > lines:
+        print(f"  .. and {len(order) - lines} more live heads, all in --json")
+    centered, power = head_pictures(run)
+    _, first = np.unique(s["top"][order, 0, 1], return_index=True)
+    for h in order[np.sort(first)[:count]]:
+        print(f"\nhead {h}: S_h (rows: query 0 .. p-1, columns: key) | its spectrum (rows: query "
+              f"frequency from {-((len(power[h]) - 1) // 2)}, columns: key frequency from 0)")
+        low, high = centered[h].min(), centered[h].max()
+        for row, spectrum in zip(centered[h], power[h]):
+            print(f"  {bars(row, low, high)} | {bars(spectrum, 0, power[h].max())} |")
+
+
+def head_pictures(run):
+    """S_h without row means [H, p, p]; power [H, p, p // 2 + 1], query frequency 0 in the middle."""
+    centered, power, partner = fc.head_spectrum(fc.head_tables(run.params)[0])
+    p = centered.shape[1]
+    power = power[:, fc.xp.minimum(partner, fc.xp.arange(p * p))]  # the pair's, at both places
+    return fc.to_host(centered), np.roll(fc.to_host(power).reshape(-1, p, p), (p - 1) // 2,
+                                         axis=1)[:, :, :p // 2 + 1]
 
 
 def print_lemma(run):
@@ -154,8 +213,8 @@ def save_figure(figure, directory, name):
     print(path, file=sys.stderr)
 
 
-def draw(run, name, directory):
-    """The paper's Figures 1 and 2 for this run, and its training curves, as PNG files."""
+def draw_neurons(run, name, directory):
+    """The paper's Figures 1 and 2 for this run."""
     plt = pyplot()
     s = fc.neuron_spectra(run.params)
     vectors = fc.to_host(fc.neurons(run.params))
@@ -188,11 +247,46 @@ def draw(run, name, directory):
     right.legend()
     save_figure(figure, directory, f"{name}-frequencies.png")
 
+
+def draw_heads(run, name, directory, count=4):
+    """The paper's Figures 3, 9 and 10: attention matrices S_h beside their 2-D spectra."""
+    plt = pyplot()
+    s = fc.head_spectra(run.params)
+    centered, power = head_pictures(run)
+    p = centered.shape[1]
+    order = np.argsort(-s["size"])[:s["live"].sum()]
+    _, first = np.unique(s["top"][order, 0, 1], return_index=True)
+    chosen = order[np.sort(first)[:count]]
+    figure, axes = plt.subplots(2, len(chosen), figsize=(3.2 * len(chosen), 7), squeeze=False)
+    low = -((p - 1) // 2)
+    for h, (above, below) in zip(chosen, axes.T):
+        above.imshow(centered[h], cmap="RdBu")
+        above.set(title=f"head {h}: $S_h$, top two {s['shares'][h, 1]:.2f}", xlabel="key",
+                  ylabel="query")
+        below.imshow(power[h], extent=(-0.5, p // 2 + 0.5, low + p - 0.5, low - 0.5))
+        below.set(title="power", xlabel="key frequency", ylabel="query frequency")
+    figure.tight_layout()
+    save_figure(figure, directory, f"{name}-heads.png")
+
+    figure, axis = plt.subplots(figsize=(6, 3))
+    edges = np.linspace(0, 1, 51)
+    axis.hist(run.power_at_init[:, 1], edges, alpha=0.7, label="all heads at init", density=True)
+    axis.hist(s["shares"][s["live"], 1], edges, alpha=0.7, label="live heads, trained",
+              density=True)
+    axis.set(title="share of a head's power in its top two frequency pairs", xlabel="share")
+    axis.legend()
+    save_figure(figure, directory, f"{name}-shares.png")
+
+
+def draw(run, name, directory):
+    """The paper's figures for this run, and its training curves, as PNG files."""
+    (draw_heads if run.config["model"] == "transformer" else draw_neurons)(run, name, directory)
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3))
     steps = [line["step"] for line in run.history]
     for axis, keys in zip(axes, (["train_loss", "test_loss"], ["train_accuracy", "test_accuracy"],
                                  ["max_normalized_power", "single_frequency_fraction",
-                                  "margin_ratio"])):
+                                  "margin_ratio", "top_two_share"])):
         for key in keys:
             if run.history and run.history[0].get(key) is not None:
                 axis.plot(steps, [line[key] for line in run.history], label=key.replace("_", " "))
@@ -205,9 +299,9 @@ def draw(run, name, directory):
 def draw_widths(reports, directory):
     """margin / gamma* against the width, a dot a run and a line through the means."""
     plt = pyplot()
-    reports = [r for r in reports if r["margin_ratio"] is not None]
+    reports = [r for r in reports if r.get("margin_ratio") is not None]
     if not reports:
-        raise fc.BadInput("no run has a margin / gamma* to draw: all have another activation")
+        raise fc.BadInput("no run has a margin / gamma* to draw: it is for the MLP's z^k")
     figure, axis = plt.subplots(figsize=(6, 4))
     for k, p in sorted({(r["k"], r["p"]) for r in reports}):
         dots = [(r["m"], r["margin_ratio"]) for r in reports if (r["k"], r["p"]) == (k, p)]
@@ -271,9 +365,12 @@ def main(argv):
         print_table(reports)
     else:
         print_report(reports[0])
-        print_neurons(runs[0])
-        if runs[0].config["activation"] == "power":
-            print_lemma(runs[0])
+        if runs[0].config["model"] == "transformer":
+            print_heads(runs[0])
+        else:
+            print_neurons(runs[0])
+            if runs[0].config["activation"] == "power":
+                print_lemma(runs[0])
     if args.figures and len(runs) > 1:
         draw_widths(reports, args.figures)
     return 0

@@ -707,6 +707,11 @@ def network_dft(params):
     return xp.fft.fftn(f.reshape((p,) * (k + 1)))
 
 
+def head_tables(params):  # -> S [H, p, p], OV [H, p, p]
+    """The QK and OV circuits of attention's heads, see circuits."""
+    return circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))[:2]
+
+
 def head_spectrum(s):  # [H, p, p] -> s [H, p, p], power [H, p p], partner [p p]
     """2-D DFT power of S_h without the mean of each query's row, which no softmax can see.
 
@@ -728,10 +733,11 @@ def head_spectra(params):
                      cos(x u) cos(y v) is two pairs, (u, v) and (u, -v), of half the power each
     top [H, 3, 2]    those pairs, u in -p/2 .. p/2 (query) and v in 0 .. p/2 (key)
     rank [H]         singular values of S_h above a hundredth of the largest
-    live [H]         rms(S_h) rms(OV_h) above a twentieth of the largest, both without what changes
-                     no answer: the means of rows, and of OV_h those of columns too
+    size [H]         rms(S_h) rms(OV_h) over the largest, both without what changes no answer: the
+                     means of rows, and of OV_h those of columns too
+    live [H]         size above a twentieth
     """
-    s, ov, _ = circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))
+    s, ov = head_tables(params)
     p = s.shape[1]
     s, power, _ = head_spectrum(s)
     order = xp.argsort(-power, axis=1)[:, :3]
@@ -743,11 +749,12 @@ def head_spectra(params):
     ov = ov - ov.mean(axis=2, keepdims=True)
     ov = ov - ov.mean(axis=1, keepdims=True)
     size = xp.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
+    size /= xp.maximum(size.max(), xp.finfo(size.dtype).tiny)
     values = xp.linalg.svd(s, compute_uv=False)
     return {name: to_host(x) for name, x in {
         "shares": shares, "top": xp.stack([u, sign * v % p], axis=2),
         "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
-        "live": size > 0.05 * size.max()}.items()}
+        "size": size, "live": size > 0.05}.items()}
 
 
 def ablate_heads(params, keep=2):
@@ -755,7 +762,7 @@ def ablate_heads(params, keep=2):
 
     -> restricted, excluded, each {"S", "OV", "b"} for network.
     """
-    s, ov, _ = circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))
+    s, ov = head_tables(params)
     s, power, partner = head_spectrum(s)
     order = xp.argsort(-power, axis=1)[:, :keep]
     mask = (xp.arange(power.shape[1]) == order[:, :, None]).any(axis=1)
@@ -1168,6 +1175,11 @@ def train_step(run):
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, c["beta2"]))
     if stage != "free":
         standardize(params, rms)
+
+
+def finite(params):
+    """Whether no number has overflowed."""
+    return all(bool(xp.isfinite(x).all()) for x in params.values())
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
     python train.py --k 3 --p 23                    the circuit, 10 seconds on two cores
     python train.py --k 3 --p 23 --max-margin       the largest normalized margin, 30 seconds
     python train.py --figure 1                      Figures 1, 5, 7 at full size: 2, 1, 9 minutes
+    python train.py --model transformer             one layer of attention, k = 3, p = 31
+    python train.py --figure 3                      Figures 3, 9, 10: attention at full size
     python train.py --k 3 --p 23 --benchmark        milliseconds a step
     python train.py --resume FILE                   go on where a stopped run was saved
 """
@@ -23,44 +25,60 @@ import fourier_circuits as fc
 from analyze import Parser, print_report, run_main
 
 
-# The published sizes. The widths are the default's; each other figure shows the same run again.
+# The published sizes. The widths are the default's; 2, 6 and 8 show the runs of 1, 5 and 7 again.
 FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23, "steps": 4000}}
 FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
+FIGURES |= {figure: {"model": "transformer", "k": k, "p": p}
+            for figure, k, p in ((3, 4, 31), (9, 3, 61), (10, 5, 17))}
 
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="--max-margin and --activation relu have defaults of their own: see "
-                    "OTHERWISE in fourier_circuits.py",
+                    "DEFAULTS in fourier_circuits.py",
                     argument_default=argparse.SUPPRESS)
-    add, d = parser.add_argument, fc.COMMON | fc.DEFAULTS["mlp"]
-    add("--k", type=int, help=f"numbers to add (default {d['k']})")
-    add("--p", type=int, help=f"modulus (default {d['p']})")
-    add("--figure", type=int, choices=sorted(FIGURES), help="the k and p of that figure")
-    add("--m", type=int, help="neurons (default: the paper's 2^(2k-2) (p-1))")
-    add("--activation", choices=("power", "relu"), help=f"default {d['activation']}: z^k")
-    add("--max-margin", action="store_true",
-        help="train on all inputs for the largest normalized margin")
-    add("--train-fraction", type=float, help=f"share of D_p (default {d['train_fraction']})")
-    add("--steps", type=int, help=f"default {d['steps']}")
-    add("--batch", type=int, help=f"inputs a step, all of them at most (default {d['batch']})")
-    add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m)")
-    add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m)")
-    add("--penalty", type=float, help="strength of the penalty (default: from k, p and m)")
-    add("--penalty-power", type=float, help="penalty ||theta||_{2,k+1}^power: 1 is the paper's, "
-        "Def. 3.1 (default k+1, which makes it sum_i ||theta_i||^(k+1))")
-    add("--init-std", type=float, help="of the Gaussian initial weights (default: from k, p and m)")
-    add("--alone", type=float,
-        help=f"share of the steps in which each neuron learns by itself (default {d['alone']})")
-    add("--equal", type=float,
-        help=f"share of the steps in which all neurons have one norm (default {d['equal']})")
-    add("--seed", type=int, help=f"default {d['seed']}")
-    add("--dtype", choices=("float32", "float64"), help=f"default {d['dtype']}")
-    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
-    add("--out", metavar="FILE", help="run file (default: named after k, p and seed)")
-    add("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
-    add("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
-    add("--benchmark", action="store_true", help="time the step and its matrix products, then stop")
+    add, rules = parser.add_argument, [fc.COMMON | fc.DEFAULTS[x] for x in ("mlp", "transformer")]
+
+    def default(name):
+        mlp, transformer = (rule.get(name) for rule in rules)
+        return f"default {mlp}" + (f"; transformer {transformer}"
+                                   if transformer not in (None, mlp) else "")
+
+    add("--model", choices=("mlp", "transformer"), help="default mlp, that of Eq. 2")
+    add("--k", type=int, help=f"numbers to add ({default('k')})")
+    add("--p", type=int, help=f"modulus ({default('p')})")
+    add("--figure", type=int, choices=sorted(FIGURES), help="the model, k and p of that figure")
+    add("--train-fraction", type=float, help=f"share of D_p ({default('train_fraction')})")
+    add("--steps", type=int, help=default("steps"))
+    add("--batch", type=int, help=f"inputs a step, all of them at most ({default('batch')})")
+    add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m; "
+        f"transformer {rules[1]['lr']})")
+    add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m; "
+        f"transformer {rules[1]['weight_decay']})")
+    add("--init-std", type=float, help="of the initial weights (default: set from the sizes)")
+    add("--seed", type=int, help=default("seed"))
+    add("--dtype", choices=("float32", "float64"), help=default("dtype"))
+    group = parser.add_argument_group("of the MLP").add_argument
+    group("--m", type=int, help="neurons (default: the paper's 2^(2k-2) (p-1))")
+    group("--activation", choices=("power", "relu"), help=f"{default('activation')}: z^k")
+    group("--max-margin", action="store_true",
+          help="train on all inputs for the largest normalized margin")
+    group("--penalty", type=float, help="strength of the penalty (default: from k, p and m)")
+    group("--penalty-power", type=float, help="penalty ||theta||_{2,k+1}^power: 1 is the paper's, "
+          "Def. 3.1 (default k+1, which makes it sum_i ||theta_i||^(k+1))")
+    group("--alone", type=float,
+          help=f"share of the steps in which each neuron learns by itself ({default('alone')})")
+    group("--equal", type=float,
+          help=f"share of the steps in which all neurons have one norm ({default('equal')})")
+    group = parser.add_argument_group("of the transformer").add_argument
+    for name in ("heads", "d_head", "d_model"):
+        group("--" + name.replace("_", "-"), type=int, help=f"default {rules[1][name]}")
+    group = parser.add_argument_group("of this command").add_argument
+    group("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
+    group("--out", metavar="FILE", help="run file (default: named after k, p and seed)")
+    group("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
+    group("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
+    group("--benchmark", action="store_true", help="time the step and its matrix products, then stop")
     return vars(parser.parse_args(argv))
 
 
@@ -78,12 +96,15 @@ class Progress:
         share = lambda x: "    -" if x is None else f"{x:5.3f}"
         done = max(1, line["step"] - self.first)
         left = (time.monotonic() - self.began) / done * (self.run.config["steps"] - line["step"])
-        ratio = f"  margin/gamma* {line['margin_ratio']:6.4f}" if "margin_ratio" in line else ""
         text = (f"step {line['step']:6d}  {left:4.0f} s left  loss {line['train_loss']:8.2e}"
-                f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}"
-                f"  power {line['max_normalized_power']:5.3f}"
-                f"  single {line['single_frequency_fraction']:5.3f}"
-                f"  freqs {line['frequencies_used']:3d}{ratio}")
+                f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}")
+        for key, form in (("max_normalized_power", "power {:5.3f}"),
+                          ("single_frequency_fraction", "single {:5.3f}"),
+                          ("top_two_share", "top two {:5.3f}"), ("live_heads", "live {:3d}"),
+                          ("frequencies_used", "freqs {:3d}"),
+                          ("margin_ratio", "margin/gamma* {:6.4f}")):
+            if key in line:
+                text += "  " + form.format(line[key])
         if self.live:
             text = "\r" + text[:shutil.get_terminal_size().columns - 1]
         print(text, end="\n" if last or not self.live else "", flush=True)
@@ -120,7 +141,7 @@ def train(run, out, save_every, resume_command):
         last, stop = run.step == steps, bool(stopped)
         log = last or run.step % every == 0
         save = last or stop or save_every and run.step % save_every == 0
-        if (log or save) and not math.isfinite(fc.norm(run.params)):
+        if (log or save) and not fc.finite(run.params):
             raise fc.BadInput(f"the weights overflowed by step {run.step}; try a smaller --lr")
         if log:
             run.history.append(fc.progress(run))
@@ -136,47 +157,59 @@ def train(run, out, save_every, resume_command):
 
 
 def benchmark(run):
-    """Time whole steps and, in turn with them, the step's five matrix products alone."""
+    """Time whole steps and, in turn with them, the five matrix products of the MLP's step alone."""
     import resource  # here, as Windows has none
-    if run.config["max_margin"]:
+    if run.config.get("max_margin"):
         raise fc.BadInput("--benchmark times a step on a random batch; leave --max-margin out")
-    k, p, m = run.params["u"].shape
-    n = min(run.config["batch"], len(run.inputs))
-    rng, dtype = np.random.default_rng(0), run.config["dtype"]
-    draw = lambda *shape: fc.xp.asarray(rng.standard_normal(shape, dtype))
-    x, u, h, w, logits = draw(n, k * p), draw(k * p, m), draw(n, m), draw(m, p), draw(n, p)
-    du, dw, dh, z = (fc.xp.empty_like(a) for a in (u, w, h, h))
+    c = run.config
+    n = min(c["batch"], len(run.inputs))
 
     def step():
-        run.step = math.ceil(run.config["equal"] * run.config["steps"])  # the network as a whole
+        run.step = math.ceil(c.get("equal", 0) * c["steps"])  # the network as a whole
         fc.train_step(run)
-        float(run.params["w"][0, 0])  # waits for a GPU
+        float(next(iter(run.params.values())).ravel()[0])  # waits for a GPU
 
-    def products():
-        for a, b, out in ((x, u, z), (h, w, logits), (h.T, logits, dw), (logits, w.T, dh),
-                          (x.T, dh, du)):
-            fc.xp.matmul(a, b, out=out)
-        float(du[0, 0])
-
-    times = {step: [], products: []}
+    times = {step: []}
+    if c["model"] == "mlp":
+        times[products(c, n)] = []
     end = time.monotonic() + 10
     while len(times[step]) < 20 or time.monotonic() < end and len(times[step]) < 200:
         for f, taken in times.items():
             began = time.perf_counter()
             f()
             taken.append(1000 * (time.perf_counter() - began))
-    whole, alone = (statistics.median(times[f][3:]) for f in (step, products))
+    whole, *alone = (statistics.median(taken[3:]) for taken in times.values())
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, a MiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(f"k = {k}, p = {p}, m = {m}, batch {n}, {dtype}, "
+    sizes = ", ".join(f"{x} = {c[x]}" for x in ("k", "p", "m", "heads", "d_head", "d_model")
+                      if x in c)
+    print(f"{sizes}, batch {n}, {c['dtype']}, "
           f"{len(times[step]) - 3} steps on the {'CPU' if fc.xp is np else 'GPU'}\n"
-          f"  step             {whole:8.2f} ms (median)\n"
-          f"  matrix products  {alone:8.2f} ms (its five products alone)\n"
-          f"  ratio            {whole / alone:8.2f}\n"
-          f"  peak memory      {peak:8.0f} MiB")
+          f"  step             {whole:8.2f} ms (median)")
+    if alone:
+        print(f"  matrix products  {alone[0]:8.2f} ms (its five products alone)\n"
+              f"  ratio            {whole / alone[0]:8.2f}")
+    print(f"  peak memory      {peak:8.0f} MiB")
     if fc.xp is not np:
         pool = fc.xp.get_default_memory_pool().total_bytes() / 2**20
         print(f"  GPU memory       {pool:8.0f} MiB")
+
+
+def products(config, n):
+    """A function that does the five matrix products of the MLP's step on n inputs, nothing else."""
+    k, p, m, dtype = (config[name] for name in ("k", "p", "m", "dtype"))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: fc.xp.asarray(rng.standard_normal(shape, dtype))
+    x, u, h, w, logits = draw(n, k * p), draw(k * p, m), draw(n, m), draw(m, p), draw(n, p)
+    du, dw, dh, z = (fc.xp.empty_like(a) for a in (u, w, h, h))
+
+    def run():
+        for a, b, out in ((x, u, z), (h, w, logits), (h.T, logits, dw), (logits, w.T, dh),
+                          (x.T, dh, du)):
+            fc.xp.matmul(a, b, out=out)
+        float(du[0, 0])
+
+    return run
 
 
 def main(argv):
@@ -191,9 +224,9 @@ def main(argv):
     if own["resume"]:
         run = fc.load_run(own["resume"])
         for name, value in flags.items():
-            if value != run.config[name]:
+            if value != run.config.get(name):
                 raise fc.BadInput(f"--{name.replace('_', '-')} {value} disagrees with the run in "
-                                  f"{own['resume']}: {run.config[name]}; leave it out to go on")
+                                  f"{own['resume']}: {run.config.get(name)}; leave it out to go on")
         if out != own["resume"]:
             if os.path.exists(out):
                 raise fc.BadInput(f"{out} exists; choose another --out")
@@ -201,7 +234,7 @@ def main(argv):
             fc.save_run(out, run)
     else:
         config = fc.complete(flags)
-        kind = "max-margin" if config["max_margin"] else "mlp"
+        kind = "max-margin" if config.get("max_margin") else config["model"]
         out = out or f"{kind}-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
         if not own["benchmark"]:
             claim(out, config)
