@@ -351,38 +351,41 @@ def attend(s, ov, b, a, buf):  # [H, v, v], [H, v, c], [H], [n, k] -> [n, c]
     The n k (input, position) pairs are visited token by token: each token is one small product.
     """
     n, k = a.shape
-    heads, v, _ = s.shape
+    heads, v, c = ov.shape
     token, query = a.T.reshape(-1), xp.tile(a[:, -1], k)  # [k n], position by position
     order = xp.argsort(token)
+    back = xp.argsort(order)
     ends = np.cumsum(to_host(xp.bincount(token, minlength=v))).tolist()
-    pairs = [order[i:j] for i, j in zip([0, *ends], ends)]  # of each token
+    parts = [slice(i, j) for i, j in zip([0, *ends], ends)]  # of each token, in that order
     write = xp.ascontiguousarray(ov.transpose(1, 0, 2))  # [v, H, c], by token
-    weight = s.transpose(2, 1, 0).reshape(v * v, heads)[token * v + query]  # [k n, H]
-    A = weight.reshape(k, n, heads)
+    A = s.transpose(2, 1, 0).reshape(v * v, heads)[token * v + query].reshape(k, n, heads)
     A[-1] += b
     A -= A.max(axis=0)
     xp.exp(A, out=A)
     A /= A.sum(axis=0)
-    y = buf("y", (k * n, ov.shape[2]), s.dtype)
-    for c, i in enumerate(pairs):
-        y[i] = weight[i] @ write[c]
+    weight = A.reshape(k * n, heads)[order]
+    y = buf("y", (k * n, c), s.dtype)
+    for t, i in enumerate(parts):
+        xp.matmul(weight[i], write[t], out=y[i])
 
     def backward(dy):
-        dwrite, ds = xp.zeros_like(write), xp.zeros((v, v, heads), s.dtype)
-        dweight = buf("dA", weight.shape, s.dtype)
-        for c, i in enumerate(pairs):
-            dyi = dy[i % n]
-            dwrite[c] = weight[i].T @ dyi
-            dweight[i] = dyi @ write[c].T
-        dA = dweight.reshape(A.shape)
+        dy = dy[order % n]
+        read = xp.ascontiguousarray(write.transpose(0, 2, 1))
+        dwrite, ds = xp.empty_like(write), xp.empty((v, v, heads), s.dtype)
+        dA = buf("dA", weight.shape, s.dtype)
+        for t, i in enumerate(parts):
+            xp.matmul(weight[i].T, dy[i], out=dwrite[t])
+            xp.matmul(dy[i], read[t], out=dA[i])
+        dA = dA[back].reshape(k, n, heads)
         dA -= (A * dA).sum(axis=0)  # softmax: dscore = A (dA - sum_j A dA)
         dA *= A
-        onehot = xp.eye(v, dtype=s.dtype)
-        for c, i in enumerate(pairs):
-            ds[c] = onehot[query[i]].T @ dweight[i]
-        return ds.transpose(2, 1, 0), dwrite.transpose(1, 0, 2), dA[-1].sum(axis=0)
+        dscore, onehot = dA.reshape(k * n, heads)[order], xp.eye(v, dtype=s.dtype)[query[order]]
+        for t, i in enumerate(parts):
+            xp.matmul(onehot[i].T, dscore[i], out=ds[t])
+        return (xp.ascontiguousarray(ds.transpose(2, 1, 0)), dwrite.transpose(1, 0, 2),
+                dA[-1].sum(axis=0))
 
-    return y.reshape(k, n, -1).sum(axis=0), backward
+    return y[back].reshape(k, n, c).sum(axis=0), backward
 
 
 def attention(params, a, buf=None):  # [n, k] -> [n, p]
