@@ -793,6 +793,42 @@ def test_train_then_analyze(tmp_path):
     assert code == 0 and same(again) == same(out)
 
 
+ATTENTION_KEYS = """fresh_accuracy distinct_accuracy collision_accuracy top_two_share live_heads
+    top_two_share_at_init frequencies_used restricted_accuracy excluded_accuracy
+    each_head""".split()
+
+
+def test_train_then_analyze_attention(tmp_path):
+    flags = ("--model", "transformer", "--k", 3, "--p", 7, "--heads", 9, "--steps", 60)
+    code, out, err = script("train.py", *flags, cwd=tmp_path)
+    assert code == 0 and not err and "transformer-k3-p7-seed0.npz" in out
+    for words in ("held-out orbits", "keys distinct", "collisions", "live heads", "top 1, 2, 3",
+                  "rank of S_h", "restricted", "excluded", "key frequencies", "top two"):
+        assert words in out
+    code, text, err = script("analyze.py", "transformer-k3-p7-seed0.npz", cwd=tmp_path)
+    assert code == 0 and not err and "S_h (rows: query" in text
+    report = out[out.index("3 numbers modulo 7"):out.index("  saved to")]
+    assert report in text  # the same report again
+    code, text, err = script("analyze.py", "transformer-k3-p7-seed0.npz", "--json", cwd=tmp_path)
+    r = json.loads(text)
+    assert code == 0 and set(ATTENTION_KEYS) <= set(r) and len(r["each_head"]) == 9
+    assert 0 <= r["top_two_share"] <= 1 and len(r["each_head"][0]["top"]) == 3
+    code, out, _ = script("train.py", *flags, "--benchmark", cwd=tmp_path)
+    assert code == 0 and "step" in out and "peak memory" in out
+
+
+def test_held_out_accuracies_add_up():
+    """Distinct keys and collisions together are the held-out inputs, and no orbit is in both."""
+    run = advance(small_run(**ATTENTION), 40)
+    r, equal = fc.report(run), fc.collisions(3, 7)
+    right = np.concatenate([fc.margins(f, fc.labels(fc.all_inputs(3, 7)[rows], 7))[0] > 0
+                            for rows, f in fc.logit_blocks(run.params, 3, 7)])
+    held = ~run.train
+    assert r["fresh_accuracy"] == r["test_accuracy"] == right[held].mean()
+    assert r["distinct_accuracy"] == right[held & ~equal].mean()
+    assert r["collision_accuracy"] == right[held & equal].mean()
+
+
 def test_theory_prints_small_errors(tmp_path):
     code, out, _ = script("analyze.py", "--theory", "--k", 3, "--p", 5, cwd=tmp_path)
     errors = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("  ")
@@ -842,9 +878,10 @@ def test_a_killed_run_goes_on_from_its_last_save(tmp_path):
     assert_same(fc.load_run(tmp_path / "part.npz"), fc.load_run(tmp_path / "whole.npz"))
 
 
-def test_figures(tmp_path):
+@pytest.mark.parametrize("model", ["mlp", "transformer"])
+def test_figures(tmp_path, model):
     pytest.importorskip("matplotlib")
-    script("train.py", *TINY, "--out", "run.npz", cwd=tmp_path)
+    script("train.py", *TINY, "--model", model, "--out", "run.npz", cwd=tmp_path)
     code, _, err = script("analyze.py", "run.npz", "--figures", "new/figures", cwd=tmp_path)
     assert code == 0 and len(os.listdir(tmp_path / "new" / "figures")) == len(err.splitlines()) > 2
 
@@ -871,6 +908,11 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--p 1000000007", "--k 99999999 --p 99999999", "--m 10000000000", "--activation tanh",
     "--init-std 0", "--penalty-power 1000", "--activation relu --alone 0.1",
     "--equal 0",
+    "--model rnn", "--model transformer --m 9", "--model transformer --max-margin", "--heads 3",
+    "--model transformer --heads 0", "--model transformer --d-head -1",
+    "--model transformer --d-model 0", "--model transformer --heads 10000000",
+    "--model transformer --heads 900000 --p 5", "--model transformer --train-fraction 1e-9",
+    "--figure 4", "--figure 3 --alone 0.1",
     "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
 def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):
