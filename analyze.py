@@ -147,7 +147,7 @@ def print_heads(run, lines=20, count=2):
     print("\n head  size   top three pairs (query, key frequency) and their shares         rank")
     for h in order[:lines]:
         alone = np.diff(s["shares"][h], prepend=0)
-        tops = " ".join(f"({u:3d},{v:3d}) {share:.3f} " for (u, v), share in zip(s["top"][h], alone))
+        tops = " ".join(f"({u:3d},{v:3d}) {x:.3f} " for (u, v), x in zip(s["top"][h], alone))
         print(f" {h:4d} {s['size'][h]:5.3f}   {tops}        {s['rank'][h]:3d}")
     if len(order) > lines:
         print(f"  .. and {len(order) - lines} more live heads, all in --json")
@@ -162,7 +162,8 @@ def print_heads(run, lines=20, count=2):
 
 
 def head_pictures(run):
-    """S_h without row means [H, p, p]; power [H, p, p // 2 + 1], query frequency 0 in the middle."""
+    """S_h without row means [H, p, p]; power [H, p, p // 2 + 1], query frequency 0 in the middle.
+    """
     centered, power, partner = fc.head_spectrum(fc.head_tables(run.params)[0])
     p = centered.shape[1]
     power = power[:, fc.xp.minimum(partner, fc.xp.arange(p * p))]  # the pair's, at both places

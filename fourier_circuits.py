@@ -395,9 +395,9 @@ def attention(params, a, buf=None):  # [n, k] -> [n, p]
     params. Why it can add, and where that is hard:
     - Without the softmax's denominator it could not for k >= 3: for a fixed query the logits are
       sums of one term a key. The denominator multiplies the keys.
-    - For small scores A_j = pi (1 + s_j - pi (s_1 + .. + s_k) + ..): the products of two keys' terms
-      have the sign -. At a collision, a_i = a_j, the terms pi s_j OV[a_j] hold the same sum with
-      the sign +, so collisions need other heads; the report counts them apart.
+    - For small scores A_j = pi (1 + s_j - pi (s_1 + .. + s_k) + ..): what makes the sum, the
+      products of two keys' terms, has the sign -. At a collision, a_i = a_j, pi s_j OV[a_j] holds
+      the same with the sign +, so it needs other heads; the report counts collisions apart.
     """
     names = "E", "W_Q", "W_K", "W_V", "W_P"
     s, ov, circuits_backward = circuits(*(params[name] for name in names))
@@ -531,8 +531,9 @@ def penalty(params, strength, nu, power):
 def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98), eps=1e-30):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
 
-    Biases, the arrays of one axis, do not decay. first, second: running means of the gradient and of its square, dicts like params; step counts
+    first, second: running means of the gradient and of its square, dicts like params; step counts
     from 1. eps is tiny by default: the gradients of a small network are themselves below 1e-8.
+    Biases, the arrays of one axis, do not decay.
     """
     beta1, beta2 = betas
     root = math.sqrt(1 - beta2**step)  # the bias corrections, taken out of the arrays

@@ -78,7 +78,8 @@ def parse(argv):
     group("--out", metavar="FILE", help="run file (default: named after k, p and seed)")
     group("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
     group("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
-    group("--benchmark", action="store_true", help="time the step and its matrix products, then stop")
+    group("--benchmark", action="store_true",
+          help="time the step and its matrix products, then stop")
     return vars(parser.parse_args(argv))
 
 
