@@ -62,8 +62,9 @@ def bars(x, low=None, high=None):
 
 def print_report(r):
     """Print what fc.report(run) measured."""
-    (print_attention_report if r["model"] == "transformer" else print_mlp_report)(r)
-    counts = r["frequency_histogram"]
+    (print_mlp_report if r["model"] == "mlp" else print_attention_report if r["layers"] == 1
+     else print_deep_report)(r)
+    counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
     print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
@@ -109,11 +110,55 @@ chance {percent(1 / r['p'])}
 live heads of each:""")
 
 
+def print_deep_report(r):
+    shown = lambda step: "not reached" if step is None else f"step {step}"
+    print(f"""
+{r['k']} numbers modulo {r['p']}, {r['layers']} layers of {r['heads']} heads of {r['d_head']}, \
+d_model {r['d_model']}, d_ff {r['d_ff']}, seed {r['seed']}
+  accuracy             train {percent(r['train_accuracy'])}, test {percent(r['test_accuracy'])}
+  99% of train         {shown(r['steps_to_train'])}
+  99% of test          {shown(r['steps_to_test'])}
+  train - test gap     largest {r['largest_gap']:.3f}, area {r['gap_area']:.0f} steps
+  embedding's power    {r['embedding_share']:.3f} in the top tenth of the frequencies; \
+at init {r['embedding_share_at_init']:.3f}
+  its spectrum from 1  {bars(r['embedding_spectrum'], low=0)}|""")
+
+
+def group_runs(runs):
+    """Runs of one configuration but for the seed, together. -> [[run, ..], ..], by k and p."""
+    groups = {}
+    for run in sorted(runs, key=lambda run: [run.config[x] for x in ("k", "p", "seed")]):
+        groups.setdefault(json.dumps({**run.config, "seed": None}, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def print_groups(groups):
+    """Mean (smallest .. largest) of the seeds of each group."""
+    def spread(values, form):
+        known = [x for x in values if x is not None]
+        if not known:
+            return "never"
+        some = f", {len(known)} of {len(values)}" if len(known) < len(values) else ""
+        return f"{np.mean(known):{form}} ({min(known):{form}}..{max(known):{form}}{some})"
+
+    print(f"  k   p heads  wd     seeds {'99% train at':22s} {'99% test at':22s} "
+          f"{'largest gap':18s} {'gap area, steps':20s} last test accuracy")
+    for runs in groups:
+        c = runs[0].config
+        each = [{**fc.grokking(run.history), "last": run.history[-1]["test_accuracy"]
+                 if run.history else None} for run in runs]
+        cells = [spread([e[x] for e in each], form) for x, form in (
+            ("steps_to_train", ".0f"), ("steps_to_test", ".0f"), ("largest_gap", ".2f"),
+            ("gap_area", ".0f"), ("last", ".3f"))]
+        print(f"{c['k']:3d} {c['p']:3d} {c['heads']:5d}  {c['weight_decay']:<6g} {len(runs):5d} "
+              "{:22s} {:22s} {:18s} {:20s} {}".format(*cells))
+
+
 def print_table(reports):
     """One line a run."""
     print("  k   p     m  seed   steps  train    test     single   phase   freqs    margin/gamma*")
     for r in reports:
-        if r["model"] == "transformer":
+        if "top_two_share" in r:
             end = f"top two {r['top_two_share']:.3f}, {r['live_heads']} live heads"
         else:
             ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f}"
@@ -279,15 +324,39 @@ def draw_heads(run, name, directory, count=4):
     save_figure(figure, directory, f"{name}-shares.png")
 
 
+def draw_groups(groups, directory):
+    """Figure 4: accuracies over steps, a panel a group, mean and range over its seeds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(2, len(groups), figsize=(3.5 * len(groups), 5.5), squeeze=False)
+    for runs, (axis, below) in zip(groups, axes.T):
+        lines = list(zip(*(run.history for run in runs)))  # up to the shortest run
+        steps = [line[0]["step"] for line in lines]
+        for panel, key in ((axis, "train_accuracy"), (axis, "test_accuracy"),
+                           (below, "embedding_share")):
+            y = np.array([[one[key] for one in line] for line in lines], float)
+            drawn, = panel.plot(steps, y.mean(axis=1), label=key.split("_")[0])
+            panel.fill_between(steps, y.min(axis=1), y.max(axis=1), alpha=0.3, lw=0,
+                               color=drawn.get_color())
+        c = runs[0].config
+        axis.set(title=f"k = {c['k']}, p = {c['p']}, {len(runs)} seeds", ylim=(-0.02, 1.02))
+        below.set(xlabel="step", ylim=(-0.02, 1.02))
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("embedding's power in\nthe top tenth of frequencies")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    save_figure(figure, directory, "grokking.png")
+
+
 def draw(run, name, directory):
     """The paper's figures for this run, and its training curves, as PNG files."""
-    (draw_heads if run.config["model"] == "transformer" else draw_neurons)(run, name, directory)
+    if run.config.get("layers", 1) == 1:
+        (draw_neurons if run.config["model"] == "mlp" else draw_heads)(run, name, directory)
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3))
     steps = [line["step"] for line in run.history]
     for axis, keys in zip(axes, (["train_loss", "test_loss"], ["train_accuracy", "test_accuracy"],
                                  ["max_normalized_power", "single_frequency_fraction",
-                                  "margin_ratio", "top_two_share"])):
+                                  "margin_ratio", "top_two_share", "embedding_share"])):
         for key in keys:
             if run.history and run.history[0].get(key) is not None:
                 axis.plot(steps, [line[key] for line in run.history], label=key.replace("_", " "))
@@ -359,6 +428,13 @@ def main(argv):
         draw(runs[0], os.path.splitext(os.path.basename(args.runs[0]))[0], args.figures)
         if not args.json:
             return 0
+    groups = group_runs(runs) if len(runs) > 1 and all(
+        run.config.get("layers", 1) > 1 for run in runs) else []
+    if groups and not args.json:
+        print_groups(groups)
+        if args.figures:
+            draw_groups(groups, args.figures)
+        return 0
     reports = [fc.report(run) for run in runs]
     if args.json:
         print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2))
@@ -366,13 +442,15 @@ def main(argv):
         print_table(reports)
     else:
         print_report(reports[0])
-        if runs[0].config["model"] == "transformer":
+        if runs[0].config.get("layers") == 1:
             print_heads(runs[0])
-        else:
+        elif runs[0].config["model"] == "mlp":
             print_neurons(runs[0])
             if runs[0].config["activation"] == "power":
                 print_lemma(runs[0])
-    if args.figures and len(runs) > 1:
+    if args.figures and groups:
+        draw_groups(groups, args.figures)
+    elif args.figures and len(runs) > 1:
         draw_widths(reports, args.figures)
     return 0
 

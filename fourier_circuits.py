@@ -310,9 +310,12 @@ def mlp(params, a, activation="power", buf=None):  # [n, k] -> [n, p], or [n, k-
 #     b [H]                own score's bias         W_P [H, e, p]             projection to logits
 
 
+HEADS = "W_Q", "W_K", "W_V", "W_P"
+
+
 def init_attention(p, heads, d_head, d_model, std, rng, dtype="float32"):
     """Embedding entries N(0, std^2), weights N(0, std^2 / fan-in), b ~ N(0, 1)."""
-    shapes = {"E": (p, d_model), **dict.fromkeys(("W_Q", "W_K", "W_V"), (d_model, heads, d_head)),
+    shapes = {"E": (p, d_model), **dict.fromkeys(HEADS[:3], (d_model, heads, d_head)),
               "W_P": (heads, d_head, p), "b": (heads,)}
     sizes = {"E": std, "b": 1, "W_P": std / math.sqrt(heads * d_head)}
     return {name: xp.asarray((sizes.get(name, std / math.sqrt(d_model))
@@ -320,45 +323,49 @@ def init_attention(p, heads, d_head, d_model, std, rng, dtype="float32"):
             for name, shape in shapes.items()}
 
 
-def circuits(e, w_q, w_k, w_v, w_p):  # [v, d], 3 [d, H, e], [H, e, c] -> [H, v, v], [H, v, c]
-    """What a head attends to and what it then writes, for the v vectors that a first layer can see.
+def circuits(x, weights):  # [v, d], W_Q W_K W_V [d, H, e] W_P [H, e, c] -> [H, v, v], [H, v, c]
+    """What heads attend to and what they then write, for the v vectors that a first layer can see.
 
-    S_h[q, a] = (E W_Q^h)_q . (E W_K^h)_a / sqrt(e), the attention matrix W^{KQ} of the paper's
-    figures, in token space; OV_h[a, c] = (E W_V^h W_P^h)[a, c]. So Q, K and V are computed once a
-    token, not once a number of the batch.
+    S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e); for x = E, the tokens, it is the attention
+    matrix W^{KQ} of the paper's figures. OV_h[a] = (x W_V^h W_P^h)_a. So Q, K and V are computed
+    once a token, not once a number of the batch.
     """
-    v, d = e.shape
-    heads, width, _ = w_p.shape
-    flat = [w.reshape(d, -1) for w in (w_q, w_k, w_v)]
-    query, key, value = [(e @ w).reshape(v, heads, width).transpose(1, 0, 2) for w in flat]
+    *read, write = weights
+    v, d = x.shape
+    heads, width, _ = write.shape
+    flat = [w.reshape(d, -1) for w in read]
+    query, key, value = [(x @ w).reshape(v, heads, width).transpose(1, 0, 2) for w in flat]
     scale = 1 / math.sqrt(width)
     s = scale * (query @ key.transpose(0, 2, 1))
-    ov = value @ w_p
+    ov = value @ write
 
-    def backward(ds, dov):
+    def backward(ds, dov):  # -> dx, [dW_Q, dW_K, dW_V, dW_P]
         ds = scale * ds
-        dx = [ds @ key, ds.transpose(0, 2, 1) @ query, dov @ w_p.transpose(0, 2, 1)]
-        dx = [x.transpose(1, 0, 2).reshape(v, -1) for x in dx]
-        de = sum(x @ w.T for x, w in zip(dx, flat))
-        return de, *((e.T @ x).reshape(w_q.shape) for x in dx), value.transpose(0, 2, 1) @ dov
+        d3 = [ds @ key, ds.transpose(0, 2, 1) @ query, dov @ write.transpose(0, 2, 1)]
+        d3 = [y.transpose(1, 0, 2).reshape(v, -1) for y in d3]
+        dweights = [(x.T @ y).reshape(d, heads, width) for y in d3]
+        return (sum(y @ w.T for y, w in zip(d3, flat)),
+                [*dweights, value.transpose(0, 2, 1) @ dov])
 
     return s, ov, backward
 
 
-def attend(s, ov, b, a, buf):  # [H, v, v], [H, v, c], [H], [n, k] -> [n, c]
-    """y[c] = sum_h sum_j A_hj OV_h[a_j, c], A_h = softmax over j of S_h[a_k, a_j] + b_h 1{j = k}.
+def attend(s, ov, b, key, query, buf):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> [n, c]
+    """y = sum_h sum_j A_hj OV_h[key_j], A_h = softmax over j of S_h[query, key_j] + b_h [j last].
 
-    The n k (input, position) pairs are visited token by token: each token is one small product.
+    The n k (input, key) pairs are visited token by token: each token is one small product.
     """
-    n, k = a.shape
+    n, k = key.shape
     heads, v, c = ov.shape
-    token, query = a.T.reshape(-1), xp.tile(a[:, -1], k)  # [k n], position by position
+    queries = s.shape[1]
+    token, query = key.T.reshape(-1), xp.tile(query, k)  # [k n], position by position
     order = xp.argsort(token)
     back = xp.argsort(order)
     ends = np.cumsum(to_host(xp.bincount(token, minlength=v))).tolist()
     parts = [slice(i, j) for i, j in zip([0, *ends], ends)]  # of each token, in that order
     write = xp.ascontiguousarray(ov.transpose(1, 0, 2))  # [v, H, c], by token
-    A = s.transpose(2, 1, 0).reshape(v * v, heads)[token * v + query].reshape(k, n, heads)
+    table = s.transpose(2, 1, 0).reshape(v * queries, heads)
+    A = table[token * queries + query].reshape(k, n, heads)
     A[-1] += b
     A -= A.max(axis=0)
     xp.exp(A, out=A)
@@ -371,7 +378,7 @@ def attend(s, ov, b, a, buf):  # [H, v, v], [H, v, c], [H], [n, k] -> [n, c]
     def backward(dy):
         dy = dy[order % n]
         read = xp.ascontiguousarray(write.transpose(0, 2, 1))
-        dwrite, ds = xp.empty_like(write), xp.empty((v, v, heads), s.dtype)
+        dwrite, ds = xp.empty_like(write), xp.empty((v, queries, heads), s.dtype)
         dA = buf("dA", weight.shape, s.dtype)
         for t, i in enumerate(parts):
             xp.matmul(weight[i].T, dy[i], out=dwrite[t])
@@ -379,7 +386,8 @@ def attend(s, ov, b, a, buf):  # [H, v, v], [H, v, c], [H], [n, k] -> [n, c]
         dA = dA[back].reshape(k, n, heads)
         dA -= (A * dA).sum(axis=0)  # softmax: dscore = A (dA - sum_j A dA)
         dA *= A
-        dscore, onehot = dA.reshape(k * n, heads)[order], xp.eye(v, dtype=s.dtype)[query[order]]
+        dscore = dA.reshape(k * n, heads)[order]
+        onehot = xp.eye(queries, dtype=s.dtype)[query[order]]
         for t, i in enumerate(parts):
             xp.matmul(onehot[i].T, dscore[i], out=ds[t])
         return (xp.ascontiguousarray(ds.transpose(2, 1, 0)), dwrite.transpose(1, 0, 2),
@@ -399,15 +407,232 @@ def attention(params, a, buf=None):  # [n, k] -> [n, p]
       products of two keys' terms, has the sign -. At a collision, a_i = a_j, pi s_j OV[a_j] holds
       the same with the sign +, so it needs other heads; the report counts collisions apart.
     """
-    names = "E", "W_Q", "W_K", "W_V", "W_P"
-    s, ov, circuits_backward = circuits(*(params[name] for name in names))
-    logits, attend_backward = attend(s, ov, params["b"], a, buf or Buffers())
+    s, ov, circuits_backward = circuits(params["E"], [params[name] for name in HEADS])
+    logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1], buf or Buffers())
 
     def backward(dlogits):
         ds, dov, db = attend_backward(dlogits)
-        return {**dict(zip(names, circuits_backward(ds, dov))), "b": db}
+        de, dweights = circuits_backward(ds, dov)
+        return {"E": de, **dict(zip(HEADS, dweights)), "b": db}
 
     return logits, backward
+
+
+# ------------------------------------------------------------------------------------------------
+# Transformers of several layers (Figure 4), after Power et al. 2022. Blocks, with a causal mask:
+# x += attention(norm(x)), x += relu(norm(x) W_1) W_2. Logits at the last position.
+#
+#     E [p, d]   token embedding                     W_Q, W_K, W_V [d, H, e]   of layer 1: "W_Q 1"
+#     P [k, d]   position embedding                  W_O [H, e, d]
+#     W_U [d, p] logits                              W_1 [d, f], W_2 [f, d]
+#
+# State j of an input depends on a_1 .. a_j alone, so that a batch has one row of work for each
+# different beginning: 23 + 330 + 512 rows for 512 inputs at k = 3, p = 23; R rows in all.
+
+ATTENTION, FORWARD = ("W_Q", "W_K", "W_V", "W_O"), ("W_1", "W_2")
+
+
+def init_transformer(k, p, layers, heads, d_head, d_model, d_ff, std, rng, dtype="float32"):
+    """Entries N(0, std^2 / fan-in); of the embeddings N(0, std^2 / d_model)."""
+    d, read = d_model, (d_model, heads, d_head)
+    shapes = {"E": (p, d), "P": (k, d)}
+    for l in range(1, layers + 1):
+        sizes = (read, read, read, (heads, d_head, d), (d, d_ff), (d_ff, d))
+        shapes |= {f"{name} {l}": size for name, size in zip(ATTENTION + FORWARD, sizes)}
+    shapes["W_U"] = d, p
+    fan_in = {"W_O": heads * d_head, "W_2": d_ff}
+    return {name: xp.asarray((std / math.sqrt(fan_in.get(name[:3], d))
+                              * rng.standard_normal(shape)).astype(dtype))
+            for name, shape in shapes.items()}
+
+
+def prefixes(a, p):  # [n, k] -> k times [n_j, j]
+    """The different beginnings of each length, as paths: the rows of a_1, a_1 a_2, .. a_1 .. a_j.
+
+    Also (second) their keys in layer 1: j p + a_j for the token a_j at position j, from 0.
+    The inputs themselves, the last n rows, are kept as they come, repeats and all.
+    """
+    k = a.shape[1]
+    number = a @ p ** xp.arange(k - 1, -1, -1)
+    numbers = [xp.unique(number // p**j) for j in range(k - 1, 0, -1)] + [number]
+    start = np.cumsum([0] + [len(x) for x in numbers])
+    paths, keys = [], []
+    for j, x in enumerate(numbers):
+        before = [start[i] + xp.searchsorted(numbers[i], x // p ** (j - i)) for i in range(j)]
+        paths.append(xp.stack([*before, start[j] + xp.arange(len(x))], axis=1))
+        keys.append(digits(x, j + 1, p) + p * xp.arange(j + 1))
+    return paths, keys
+
+
+def gather(x, path):  # [R, d], [n, j] -> [n, j, d]
+    """x[path]; backward adds with one-hot products, in a fixed order. A column is of one position,
+    the last of them counts up."""
+    def backward(dy):
+        dx = xp.zeros_like(x)
+        for i, rows in enumerate(path.T[:-1]):
+            start, stop = int(rows.min()), int(rows.max()) + 1
+            dx[start:stop] = (rows == xp.arange(start, stop)[:, None]).astype(x.dtype) @ dy[:, i]
+        dx[int(path[0, -1]):][:len(path)] = dy[:, -1]
+        return dx
+
+    return x[path], backward
+
+
+def layernorm(x, eps=1e-5):  # [n, d] -> [n, d]
+    """Mean 0 and variance 1; the gain is in the weights that read it."""
+    z = x - x.mean(axis=1, keepdims=True)
+    r = 1 / xp.sqrt((z * z).mean(axis=1, keepdims=True) + eps)
+    z *= r
+
+    def backward(dz):
+        return r * (dz - dz.mean(axis=1, keepdims=True) - z * (z * dz).mean(axis=1, keepdims=True))
+
+    return z, backward
+
+
+def residual(x, layer):  # [R, d] -> [n, d]
+    """x + layer(layernorm(x)), for the last n rows if the layer answers for these only."""
+    z, norm_backward = layernorm(x)
+    y, layer_backward = layer(z)
+    last = slice(len(x) - len(y), None)
+
+    def backward(dy):
+        dz, dweights = layer_backward(dy)
+        dx = norm_backward(dz)
+        dx[last] += dy
+        return dx, dweights
+
+    return x[last] + y, backward
+
+
+def feed_forward(x, w1, w2):  # [n, d], [d, f], [f, d] -> [n, d]
+    h, relu_backward = relu(x @ w1, None)
+
+    def backward(dy):
+        dz = relu_backward(dy @ w2.T)
+        return dz @ w1.T, [x.T @ dz, h.T @ dy]
+
+    return h @ w2, backward
+
+
+def first_attention(table, weights, keys, p, buf):  # [k p, d], .., [n_j, j] each -> [sum n_j, d]
+    """residual of layer 1's attention, where all there is to see is k p vectors: a table lookup."""
+    z, norm_backward = layernorm(table)
+    s, ov, circuits_backward = circuits(z, weights)
+    own = xp.concatenate([key[:, -1] for key in keys])
+    ends = [p * key.shape[1] for key in keys]
+    parts = [attend(s[:, end - p:end, :end], ov[:, :end], 0, key, key[:, -1] - (end - p), buf)
+             for end, key in zip(ends, keys)]
+
+    def backward(dy):
+        ds, dov, i = xp.zeros_like(s), xp.zeros_like(ov), 0
+        for end, (y, attend_backward) in zip(ends, parts):
+            ds[:, end - p:end, :end], d, _ = attend_backward(dy[i:i + len(y)])
+            dov[:, :end] += d
+            i += len(y)
+        dz, dweights = circuits_backward(ds, dov)
+        onehot = (own == xp.arange(len(table))[:, None]).astype(dy.dtype)
+        return norm_backward(dz) + onehot @ dy, dweights
+
+    return table[own] + xp.concatenate([y for y, _ in parts]), backward
+
+
+def attend_rows(seen, wq, wk, wv, wo):  # [n, j, d], thrice [H, d, e], [H, e, d] -> [n, d]
+    """Attention of each row's last state to all j.
+
+    No key or value is computed: q . (x W_K) = (q W_K^T) . x and sum_j A_j (x_j W_V) =
+    (sum_j A_j x_j) W_V, so there are four products a query, however many states it sees.
+    """
+    t = lambda y: y.swapaxes(1, 2)
+    by_row = lambda y: y.swapaxes(0, 1)
+    turned = lambda w: xp.ascontiguousarray(t(w))
+    scale, own = 1 / math.sqrt(wq.shape[2]), seen[:, -1]
+    q = scale * (own @ wq)  # [H, n, e]
+    g = by_row(q @ turned(wk))  # [n, H, d]
+    A = seen @ t(g)  # [n, j, H]
+    A -= A.max(axis=1, keepdims=True)
+    xp.exp(A, out=A)
+    A /= A.sum(axis=1, keepdims=True)
+
+    def mixed(A):  # sum_j A_hj seen_j: [n, j, H] -> [H, n, d], laid out for products by head
+        y = xp.empty((len(wq), *own.shape), A.dtype)
+        xp.matmul(t(A), seen, out=by_row(y))
+        return y
+
+    mix = mixed(A)
+    v = mix @ wv  # [H, n, e]
+
+    def backward(dy):  # -> dseen, the weights' gradients
+        dv = dy @ t(wo)
+        dmix = by_row(dv @ turned(wv))  # [n, H, d]
+        dA = seen @ t(dmix)
+        dA -= (A * dA).sum(axis=1, keepdims=True)
+        dA *= A  # the score's gradient
+        dg = mixed(dA)
+        dq = scale * (dg @ wk)
+        dseen = A @ dmix + dA @ g
+        dseen[:, -1] += xp.tensordot(dq, wq, axes=((0, 2), (0, 2)))
+        return dseen, [own.T @ dq, t(dg) @ q, t(mix) @ dv, t(v) @ dy]
+
+    return xp.tensordot(v, wo, axes=((0, 2), (0, 1))), backward
+
+
+def attend_paths(x, weights, paths):  # [R, d], .., [n_j, j] each -> [sum n_j, d]
+    """attend_rows for the last row of each path, a few heads at a time: in a CPU's cache."""
+    by_head = lambda weights: [*(w.swapaxes(0, 1) for w in weights[:3]), weights[3]]
+    heads, _, d = weights[3].shape
+    groups = blocks(heads, len(paths[-1]) * d * x.itemsize, 32 * BLOCK_BYTES)
+    seen = [gather(x, path) for path in paths]  # [n_j, j, d] each
+    parts = [[attend_rows(z, *(w[h] for w in by_head(weights))) for h in groups] for z, _ in seen]
+
+    def backward(dy):
+        dx, dweights, i = 0, [xp.zeros_like(w) for w in weights], 0
+        for (z, gather_backward), part in zip(seen, parts):
+            dz = 0
+            for h, (_, attend_backward) in zip(groups, part):
+                d, dgroup = attend_backward(dy[i:i + len(z)])
+                dz = dz + d
+                for dw, new in zip(by_head(dweights), dgroup):
+                    dw[h] += new
+            dx, i = dx + gather_backward(dz), i + len(z)
+        return dx, dweights
+
+    return xp.concatenate([sum(y for y, _ in part) for part in parts]), backward
+
+
+def transformer(params, a, buf=None):  # [n, k] -> [n, p]
+    """The network on inputs a -> logits, backward(dlogits) -> gradients, a dict like params."""
+    e, place, project = params["E"], params["P"], params["W_U"]
+    (p, d), k, layers = e.shape, len(place), sum(name[:3] == "W_1" for name in params)
+    paths, keys = prefixes(a, p)
+    x, tape = (place[:, None] + e).reshape(k * p, d), []
+
+    def run(layer, names, l):
+        names = [f"{name} {l}" for name in names]
+        y, backward = layer([params[name] for name in names])
+        tape.append((names, backward))
+        return y
+
+    for l in range(1, layers + 1):
+        last = slice(-1 if l == layers else None, None)  # the last layer asks only at the end
+        if l == 1:
+            layer = lambda w: first_attention(x, w, keys[last], p, buf or Buffers())
+        else:
+            layer = lambda w: residual(x, lambda z: attend_paths(z, w, paths[last]))
+        x = run(layer, ATTENTION, l)
+        x = run(lambda w: residual(x, lambda z: feed_forward(z, *w)), FORWARD, l)
+    z, norm_backward = layernorm(x)
+
+    def backward(dlogits):
+        grads = {"W_U": z.T @ dlogits}
+        dx = norm_backward(dlogits @ project.T)
+        for names, layer_backward in tape[::-1]:
+            dx, dweights = layer_backward(dx)
+            grads |= zip(names, dweights)
+        dx = dx.reshape(k, p, d)
+        return grads | {"E": dx.sum(axis=0), "P": dx.sum(axis=1)}
+
+    return z @ project, backward
 
 
 # ------------------------------------------------------------------------------------------------
@@ -415,12 +640,12 @@ def attention(params, a, buf=None):  # [n, k] -> [n, p]
 
 
 def network(params, a, activation="power", buf=None):
-    """The network that has these parameters, on inputs a: mlp, attention, or its bare circuits."""
+    """The network that has these parameters, on inputs a. {"S", "OV", "b"}: attention's tables."""
     if "u" in params:
         return mlp(params, a, activation, buf)
     if "S" in params:
-        return attend(params["S"], params["OV"], params["b"], a, buf or Buffers())
-    return attention(params, a, buf)
+        return attend(params["S"], params["OV"], params["b"], a, a[:, -1], buf or Buffers())
+    return (attention if "b" in params else transformer)(params, a, buf)
 
 
 def row_bytes(params):
@@ -713,7 +938,7 @@ def network_dft(params):
 
 def head_tables(params):  # -> S [H, p, p], OV [H, p, p]
     """The QK and OV circuits of attention's heads, see circuits."""
-    return circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))[:2]
+    return circuits(params["E"], [params[name] for name in HEADS])[:2]
 
 
 def head_spectrum(s):  # [H, p, p] -> s [H, p, p], power [H, p p], partner [p p]
@@ -759,6 +984,17 @@ def head_spectra(params):
         "shares": shares, "top": xp.stack([u, sign * v % p], axis=2),
         "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
         "size": size, "live": size > 0.05}.items()}
+
+
+def embedding_spectrum(params):  # -> [p // 2], on the host
+    """Share of the token embedding's power in each frequency 1 .. p // 2, over all its columns."""
+    power = power_spectrum(params["E"], axis=0).sum(axis=1)[1:]
+    return to_host(power / power.sum())
+
+
+def top_share(spectrum):
+    """The share of its top tenth of frequencies; of a flat spectrum about a tenth."""
+    return float(np.sort(spectrum)[-math.ceil(len(spectrum) / 10):].sum())
 
 
 def ablate_heads(params, keep=2):
@@ -1013,7 +1249,7 @@ class Run:
     second: dict
     train: np.ndarray  # bool [p^k], see split
     rng: np.random.Generator  # draws the batches
-    power_at_init: np.ndarray  # before the first step: max_power [k+1, m], or shares [H, 3]
+    power_at_init: np.ndarray  # see spectra, before the first step
     step: int = 0
     seconds: float = 0.0
     history: list = field(default_factory=list)  # one dict a line of progress
@@ -1022,7 +1258,7 @@ class Run:
         self.buf = Buffers()
         c = self.config
         index, k = np.flatnonzero(self.train), c["k"]
-        if c["model"] == "transformer":  # one input an orbit
+        if c.get("layers") == 1:  # one input an orbit
             index = np.flatnonzero(self.train & (orbits(k, c["p"]) == np.arange(c["p"] ** k)))
         elif self.train.all() and c["batch"] >= len(index) and c["alone"] == 0:
             index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p at each step: prefixes do
@@ -1040,12 +1276,15 @@ DEFAULTS = {
     "max_margin": {"train_fraction": 1, "steps": 1000, "batch": 2**30, "alone": 0, "equal": 0,
                    "init_std": 0.1, "lr": 0.03, "weight_decay": 0, "penalty": 0.1, "beta2": 0.95},
     "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0},
-    "transformer": {"p": 31, "heads": 160, "d_head": 4, "d_model": 128, "steps": 6000,
-                    "init_std": 0.2, "lr": 3e-3, "weight_decay": 4, "hold": 0.5}}
+    "transformer": {"p": 31, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "steps": 6000,
+                    "init_std": 0.2, "lr": 3e-3, "weight_decay": 4, "hold": 0.5},
+    "deep": {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 3000, "batch": 512,
+             "init_std": 0.5, "lr": 1e-3, "weight_decay": 2}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
           "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (1e-9, 1e6), "lr": (0, 1e3),
           "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 16),
-          "heads": (1, 10**6), "d_head": (1, 10**6), "d_model": (1, 10**6), "hold": (0, 0.99)}
+          "layers": (1, 100), "heads": (1, 10**6), "d_head": (1, 10**6), "d_model": (1, 10**6),
+          "d_ff": (1, 10**6), "hold": (0, 0.99)}
 
 
 def complete(config):
@@ -1071,10 +1310,13 @@ def complete(config):
         raise BadInput(f"model {model!r} is not known: it must be mlp or transformer")
     kinds = [model] + [kind for kind in ("max_margin", "relu") if model == "mlp"
                        and (config.get(kind) or config.get("activation") == kind)]
+    if model == "transformer" and config.get("layers", 1) > 1:
+        kinds.append("deep")
     rule = COMMON | {name: x for kind in kinds for name, x in DEFAULTS[kind].items()}
     for name in config:
         if name not in rule:
-            raise BadInput(f"{name.replace('_', '-')} does not apply to the model {model}")
+            raise BadInput(f"{name.replace('_', '-')} does not apply to this model ({model}"
+                           f"{', one layer' if kinds == ['transformer'] else ''})")
     given, config = config, {**rule, **config}
     k, p = config["k"], config["p"]
     check_size(k, p)
@@ -1085,10 +1327,12 @@ def complete(config):
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
                            f"between {low} and {high}")
     if model == "transformer":
-        width = config["heads"] * config["d_head"]
-        if 16 * (4 * width * max(config["d_model"], p) + 2 * config["heads"] * p * p) > MAX_BYTES:
+        heads, d = config["heads"], config["d_model"]
+        tokens = p if config["layers"] == 1 else k * p
+        weights = config["layers"] * d * (4 * heads * config["d_head"] + 2 * config.get("d_ff", 0))
+        if 16 * (weights + heads * tokens * (tokens + max(d, p))) > MAX_BYTES:
             raise BadInput("too large: the weights and the attention matrices of all heads exceed "
-                           f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads")
+                           f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
 
 
@@ -1118,19 +1362,28 @@ def initial(config, rng):
     c = config
     if c["model"] == "mlp":
         return init_mlp(c["k"], c["p"], c["m"], c["init_std"], rng, c["dtype"])
-    return init_attention(c["p"], c["heads"], c["d_head"], c["d_model"], c["init_std"], rng,
-                          c["dtype"])
+    sizes = c["heads"], c["d_head"], c["d_model"]
+    if c["layers"] == 1:
+        return init_attention(c["p"], *sizes, c["init_std"], rng, c["dtype"])
+    return init_transformer(c["k"], c["p"], c["layers"], *sizes, c["d_ff"], c["init_std"], rng,
+                            c["dtype"])
 
 
 def new_run(config):
     """A run at step 0. Split, weights and batches have random streams of their own."""
     stream = lambda i: np.random.default_rng([config["seed"], i])
-    attends = config["model"] == "transformer"
-    train = split(config["k"], config["p"], config["train_fraction"], stream(0), attends)
+    train = split(config["k"], config["p"], config["train_fraction"], stream(0),
+                  symmetric=config.get("layers") == 1)
     params = initial(config, stream(1))
     zeros = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
-    spectra = head_spectra(params)["shares"] if attends else neuron_spectra(params)["max_power"]
-    return Run(config, params, *zeros, train, stream(2), spectra)
+    return Run(config, params, *zeros, train, stream(2), spectra(config, params))
+
+
+def spectra(config, params):
+    """What a run keeps of its first weights' Fourier measures, as an array on the host."""
+    if config["model"] == "mlp":
+        return neuron_spectra(params)["max_power"]
+    return head_spectra(params)["shares"] if config["layers"] == 1 else embedding_spectrum(params)
 
 
 def standardize(params, rms):
@@ -1204,7 +1457,8 @@ def progress(run):
         if len(a):
             loss, right = accuracy(params, a, c.get("activation"))
             line[f"{name}_loss"], line[f"{name}_accuracy"] = loss, right
-    line |= head_measures(params)[0] if c["model"] == "transformer" else neuron_measures(params)[0]
+    line |= (neuron_measures(params)[0] if c["model"] == "mlp" else head_measures(params)[0]
+             if c["layers"] == 1 else {"embedding_share": top_share(embedding_spectrum(params))})
     if c.get("max_margin"):
         line["margin_ratio"] = normalized_margin(params) / max_margin(c["k"], c["p"])
     return line
@@ -1236,9 +1490,10 @@ def report(run):
     k, p = c["k"], c["p"]
     whole = evaluate(logit_blocks(params, k, p, c.get("activation")), run.train, k, p)
     a = sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
-    about = report_heads if c["model"] == "transformer" else report_neurons
-    sizes = ("model", "k", "p", "m", "activation", "heads", "d_head", "d_model", "train_fraction",
-             "seed")
+    about = (report_neurons if c["model"] == "mlp" else report_heads if c["layers"] == 1
+             else report_embedding)
+    sizes = ("model", "k", "p", "m", "activation", "layers", "heads", "d_head", "d_model", "d_ff",
+             "train_fraction", "seed")
     return {**{name: c[name] for name in sizes if name in c},
             "steps": run.step, "seconds": round(run.seconds, 2),
             "train_accuracy": whole["train_accuracy"], "test_accuracy": whole["test_accuracy"],
@@ -1298,6 +1553,28 @@ def report_heads(run, whole, a):
                           live, s["top"], s["shares"], run.power_at_init, s["rank"])]}
 
 
+def report_embedding(run, whole, a):
+    """report's part on a transformer of several layers: its grokking, its embedding's spectrum."""
+    now, p = embedding_spectrum(run.params), run.config["p"]
+    return {**grokking(run.history), "embedding_share": top_share(now),
+            "embedding_share_at_init": top_share(run.power_at_init),
+            "frequencies_total": p // 2, "embedding_spectrum": now.tolist()}
+
+
+def grokking(history, level=0.99):
+    """Of the lines of a history: when accuracy on each part first reached level (None: never), the
+    largest train-test gap, and the gap's area in steps (Figure 4).
+    """
+    gap = [max(0, line["train_accuracy"] - line["test_accuracy"]) for line in history
+           if line["test_accuracy"] is not None]
+    first = lambda part: next((line["step"] for line in history
+                               if (line[f"{part}_accuracy"] or 0) >= level), None)
+    width = np.diff([0] + [line["step"] for line in history])
+    return {"steps_to_train": first("train"), "steps_to_test": first("test"),
+            "largest_gap": max(gap, default=None),
+            "gap_area": float(np.dot(gap, width)) if gap else None}
+
+
 def check_writable(path):
     """Raise BadInput, before any work, if a run cannot be saved at path. Leaves what is there."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -1347,12 +1624,12 @@ def load_run(path):
         config, step = complete(meta["config"]), meta["step"]
         k, p = config["k"], config["p"]
         like = initial(config, np.random.default_rng(0))
-        spectra, dtypes = arrays["power_at_init"], {x.dtype for x in arrays.values()}
-        shape = (k + 1, config["m"]) if config["model"] == "mlp" else (config["heads"], 3)
+        before, dtypes = arrays["power_at_init"], {x.dtype for x in arrays.values()}
+        shape = spectra(config, like).shape
         if (not 0 <= step <= config["steps"]
-                or arrays["train"].shape != (-(-p**k // 8),) or spectra.shape != shape
-                or dtypes != {spectra.dtype, arrays["meta"].dtype, np.dtype("u1")}
-                or spectra.dtype != config["dtype"]
+                or arrays["train"].shape != (-(-p**k // 8),) or before.shape != shape
+                or dtypes != {before.dtype, arrays["meta"].dtype, np.dtype("u1")}
+                or before.dtype != config["dtype"]
                 or not all(isinstance(line, dict) for line in meta["history"])):
             raise ValueError
         groups = [{name: xp.asarray(arrays[f"{group} {name}"].reshape(x.shape))
@@ -1360,6 +1637,6 @@ def load_run(path):
         train = np.unpackbits(arrays["train"], count=p**k).astype(bool)
         rng = np.random.default_rng()
         rng.bit_generator.state = meta["rng"]
-        return Run(config, *groups, train, rng, spectra, step, meta["seconds"], meta["history"])
+        return Run(config, *groups, train, rng, before, step, meta["seconds"], meta["history"])
     except (KeyError, ValueError, TypeError, AttributeError):
         raise BadInput(f"{path} is damaged: its parts do not fit together") from None

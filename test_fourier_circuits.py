@@ -495,7 +495,7 @@ def plain_attention(params, a):
 
 
 def tables(params):
-    return fc.circuits(*(params[name] for name in ("E", "W_Q", "W_K", "W_V", "W_P")))
+    return fc.circuits(params["E"], [params[name] for name in fc.HEADS])
 
 
 @pytest.mark.parametrize("k, p", [(2, 5), (3, 5), (4, 3), (5, 2)])
@@ -513,20 +513,21 @@ def test_attention_is_plain_attention(k, p):
 
 def test_circuits_gradient():
     params, _ = small_attention(3, 5)
-    arrays = list(params.values())[:5]
-    s, ov, backward = fc.circuits(*arrays)
+    x, *weights = list(params.values())[:5]
+    s, ov, backward = fc.circuits(x, weights)
     ds, dov = rng(5).standard_normal((2, *s.shape))
-    f = lambda *x: sum((t * d).sum() for t, d in zip(fc.circuits(*x), (ds, dov)))
-    check_gradient(f, backward(ds, dov), arrays)
+    f = lambda x, *w: sum((t * d).sum() for t, d in zip(fc.circuits(x, w), (ds, dov)))
+    dx, dweights = backward(ds, dov)
+    check_gradient(f, [dx, *dweights], [x, *weights])
 
 
 @pytest.mark.parametrize("k, p", [(2, 5), (3, 5), (4, 3)])
 def test_attend_gradient(k, p):
     params, a = small_attention(k, p)
     s, ov, _ = tables(params)
-    y, backward = fc.attend(s, ov, params["b"], a, fc.Buffers())
+    y, backward = fc.attend(s, ov, params["b"], a, a[:, -1], fc.Buffers())
     dy = rng(6).standard_normal(y.shape)
-    f = lambda *x: (fc.attend(*x, a, fc.Buffers())[0] * dy).sum()
+    f = lambda *x: (fc.attend(*x, a, a[:, -1], fc.Buffers())[0] * dy).sum()
     check_gradient(f, backward(dy), [s, ov, params["b"]])
 
 
@@ -546,7 +547,7 @@ def test_attention_gradient(k, p, monkeypatch):
 def test_large_scores_are_finite(sign):
     params, a = small_attention(3, 5)
     s = sign * 1e4 * np.arange(5.0) + np.zeros((3, 5, 1))
-    y, backward = fc.attend(s, tables(params)[1], params["b"], a, fc.Buffers())
+    y, backward = fc.attend(s, tables(params)[1], params["b"], a, a[:, -1], fc.Buffers())
     assert np.isfinite(y).all() and all(np.isfinite(x).all() for x in backward(np.ones_like(y)))
 
 
@@ -613,7 +614,7 @@ def test_the_sum_changes_sign_at_a_collision(b):
     s = size * np.array([np.cos(plus), -np.sin(plus)])  # [q, a]
     ov = np.array([np.cos(minus), np.sin(minus)])  # [a, c]
     a = fc.all_inputs(3, p)
-    logits, _ = fc.attend(s, ov, np.full(2, b), a, fc.Buffers())
+    logits, _ = fc.attend(s, ov, np.full(2, b), a, a[:, -1], fc.Buffers())
     right = np.cos(x[fc.labels(a, p)][:, None] - x)
     sum_term = 2 / p * (logits * right).sum(axis=1) / size  # of cos(y - c), for each input
     apart = (a[:, 1] - a[:, 0]) % p
@@ -674,6 +675,31 @@ def test_ablate_heads():
         assert left[h, order[2:]] == pytest.approx(power[h, order[2:]], abs=1e-10)
     again, _ = fc.network({**kept, "S": kept["S"] + rest["S"]}, a)
     assert again == pytest.approx(plain_attention(params, a), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("p", [5, 8, 23])
+def test_embedding_spectrum(p):
+    """A mean and three cosines of power 4, 1, 1, in columns; noise has a tenth in its top tenth."""
+    x, e = 2 * np.pi * np.arange(p) / p, np.zeros((p, 4))
+    e[:, 0], e[:, 1], e[:, 2] = 7, 2 * np.cos(x + 1), np.cos(2 * x)
+    e[:, 3] = np.sin(x)
+    expected = np.zeros(p // 2)
+    expected[:2] = 5 / 6, 1 / 6
+    spectrum = fc.embedding_spectrum({"E": e})
+    assert spectrum == pytest.approx(expected, abs=1e-12)
+    assert fc.top_share(spectrum) == pytest.approx(1 if p == 23 else 5 / 6)
+    flat = fc.embedding_spectrum({"E": rng().standard_normal((401, 3000))})
+    assert fc.top_share(flat) == pytest.approx(0.1, abs=0.01)
+
+
+def test_grokking_numbers():
+    """Train at 20, test at 40; gaps 0, 0.9, 0.5, 0 after 10 steps each: area 14."""
+    curve = [(10, 0.5, 0.5), (20, 0.99, 0.09), (30, 1.0, 0.5), (40, 1.0, 1.0)]
+    history = [{"step": s, "train_accuracy": x, "test_accuracy": y} for s, x, y in curve]
+    assert fc.grokking(history) == {"steps_to_train": 20, "steps_to_test": 40,
+                                    "largest_gap": 0.9, "gap_area": pytest.approx(14)}
+    assert fc.grokking(history[:3])["steps_to_test"] is None
+    assert fc.grokking([])["largest_gap"] is None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -912,7 +938,9 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--model transformer --heads 0", "--model transformer --d-head -1",
     "--model transformer --d-model 0", "--model transformer --heads 10000000",
     "--model transformer --heads 900000 --p 5", "--model transformer --train-fraction 1e-9",
-    "--figure 4", "--figure 3 --alone 0.1",
+    "--figure 4 --k 1", "--figure 3 --alone 0.1", "--model transformer --d-ff 8",
+    "--model transformer --layers 0", "--model transformer --layers 2 --d-ff 0",
+    "--model transformer --layers 100 --d-model 100000",
     "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
 def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):

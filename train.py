@@ -30,6 +30,9 @@ FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23, "ste
 FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
 FIGURES |= {figure: {"model": "transformer", "k": k, "p": p}
             for figure, k, p in ((3, 4, 31), (9, 3, 61), (10, 5, 17))}
+FIGURES[4] = {"model": "transformer", "layers": 2, "k": 2, "heads": 160, "d_head": 32,
+              "d_model": 128, "d_ff": 512, "lr": 1e-3, "weight_decay": 1e-3}
+FIGURE_4_P = {2: 97, 3: 31, 4: 11, 5: 5}
 
 
 def parse(argv):
@@ -71,8 +74,12 @@ def parse(argv):
     group("--equal", type=float,
           help=f"share of the steps in which all neurons have one norm ({default('equal')})")
     group = parser.add_argument_group("of the transformer").add_argument
-    for name in ("heads", "d_head", "d_model"):
-        group("--" + name.replace("_", "-"), type=int, help=f"default {rules[1][name]}")
+    deep = fc.DEFAULTS["deep"]
+    group("--layers", type=int, help="1: attention alone (default); 2 and more: positions, causal "
+          "mask, MLPs, and other defaults")
+    for name in ("heads", "d_head", "d_model", "d_ff"):
+        of = f"default {rules[1][name]}; " if name in rules[1] else ""
+        group("--" + name.replace("_", "-"), type=int, help=f"{of}2 layers {deep[name]}")
     group = parser.add_argument_group("of this command").add_argument
     group("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
     group("--out", metavar="FILE", help="run file (default: named after k, p and seed)")
@@ -91,8 +98,9 @@ class Progress:
         self.live = sys.stdout.isatty()
 
     def show(self, line, every):
-        last = line["step"] == self.run.config["steps"]
-        if not (self.live or last or line["step"] // every % 5 == 0):
+        steps = self.run.config["steps"]
+        last = line["step"] == steps
+        if not (self.live or last or line["step"] // every % (steps // every // 10 or 1) == 0):
             return
         share = lambda x: "    -" if x is None else f"{x:5.3f}"
         done = max(1, line["step"] - self.first)
@@ -102,6 +110,7 @@ class Progress:
         for key, form in (("max_normalized_power", "power {:5.3f}"),
                           ("single_frequency_fraction", "single {:5.3f}"),
                           ("top_two_share", "top two {:5.3f}"), ("live_heads", "live {:3d}"),
+                          ("embedding_share", "embedding {:5.3f}"),
                           ("frequencies_used", "freqs {:3d}"),
                           ("margin_ratio", "margin/gamma* {:6.4f}")):
             if key in line:
@@ -133,7 +142,7 @@ def train(run, out, save_every, resume_command):
     handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     steps = run.config["steps"]
-    every = max(1, steps // 50)
+    every = max(1, steps // (100 if run.config.get("layers", 1) > 1 else 50))
     progress = Progress(run)
     began = time.monotonic() - run.seconds
     last = run.step == steps
@@ -182,8 +191,8 @@ def benchmark(run):
     whole, *alone = (statistics.median(taken[3:]) for taken in times.values())
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, a MiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    sizes = ", ".join(f"{x} = {c[x]}" for x in ("k", "p", "m", "heads", "d_head", "d_model")
-                      if x in c)
+    sizes = ", ".join(f"{x} = {c[x]}" for x in ("k", "p", "m", "layers", "heads", "d_head",
+                                                "d_model", "d_ff") if x in c)
     print(f"{sizes}, batch {n}, {c['dtype']}, "
           f"{len(times[step]) - 3} steps on the {'CPU' if fc.xp is np else 'GPU'}\n"
           f"  step             {whole:8.2f} ms (median)")
@@ -215,7 +224,10 @@ def products(config, n):
 
 def main(argv):
     flags = parse(argv)
-    flags = {**FIGURES.get(flags.pop("figure", None), {}), **flags}
+    figure = flags.pop("figure", None)
+    flags = {**FIGURES.get(figure, {}), **flags}
+    if figure == 4:
+        flags.setdefault("p", FIGURE_4_P.get(flags["k"], 5))
     own = {name: flags.pop(name, None)
            for name in ("device", "out", "save_every", "resume", "benchmark")}
     if own["save_every"] < 0:
@@ -236,6 +248,7 @@ def main(argv):
     else:
         config = fc.complete(flags)
         kind = "max-margin" if config.get("max_margin") else config["model"]
+        kind += str(config["layers"]) if config.get("layers", 1) > 1 else ""
         out = out or f"{kind}-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
         if not own["benchmark"]:
             claim(out, config)
