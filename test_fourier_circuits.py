@@ -47,13 +47,12 @@ def plain_mlp(params, a, activation="power"):
     return (z ** len(u) if activation == "power" else np.maximum(z, 0)) @ w
 
 
-def check_gradient(f, gradients, inputs, seed=0):
+def check_gradient(f, gradients, inputs, seed=0, h=1e-5, rel=1e-7):
     """<gradient, v> against a central difference of the scalar f along a random direction v."""
     v = [rng(seed + i).standard_normal(x.shape) for i, x in enumerate(inputs)]
-    h = 1e-5
     plus, minus = (f(*[x + s * h * d for x, d in zip(inputs, v)]) for s in (1, -1))
     exact = sum((g * d).sum() for g, d in zip(gradients, v))
-    assert exact == pytest.approx((plus - minus) / (2 * h), rel=1e-7, abs=1e-9)
+    assert exact == pytest.approx((plus - minus) / (2 * h), rel=rel, abs=1e-9)
     assert abs(exact) > 1e-3  # a direction that could have shown an error
 
 
@@ -677,6 +676,165 @@ def test_ablate_heads():
     assert again == pytest.approx(plain_attention(params, a), rel=1e-9, abs=1e-12)
 
 
+# ------------------------------------------------------------------------------------------------
+# Transformers of several layers
+
+
+def small_transformer(k, p, layers=2, n=30):
+    """A small network and n inputs, some of them equal."""
+    params = fc.init_transformer(k, p, layers, 3, 2, 5, 6, 1, rng(), "float64")
+    a = rng(1).integers(0, p, (n, k))
+    a[-3:] = a[:3]
+    return params, a
+
+
+def plain_transformer(params, a):  # [n, k] -> [n, k, p]
+    """As one writes it: all positions of all inputs, keys after the query masked."""
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    k = a.shape[1]
+    x = params["E"][a] + params["P"][:k]  # [n, k, d]
+    for l in range(1, 1 + sum(name.startswith("W_Q") for name in params)):
+        z = norm(x)
+        q, key, v = (np.einsum("njd,dhe->nhje", z, params[f"{w} {l}"])
+                     for w in ("W_Q", "W_K", "W_V"))
+        score = q @ key.swapaxes(2, 3) / math.sqrt(q.shape[-1])  # [n, H, query, key]
+        score[:, :, np.triu(np.ones((k, k), bool), 1)] = -np.inf
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        weight /= weight.sum(-1, keepdims=True)
+        x = x + np.einsum("nhje,hed->njd", weight @ v, params[f"W_O {l}"])
+        x = x + np.maximum(norm(x) @ params[f"W_1 {l}"], 0) @ params[f"W_2 {l}"]
+    return norm(x) @ params["W_U"]
+
+
+def check_layer(layer, x, weights):
+    """layer(x, weights) -> y, backward; backward(dy) -> dx, dweights."""
+    y, backward = layer(x, weights)
+    dy = rng(9).standard_normal(y.shape)
+    dx, dweights = backward(dy)
+    check_gradient(lambda x, *w: (layer(x, w)[0] * dy).sum(), [dx, *dweights], [x, *weights])
+
+
+def four_weights(d=5, heads=3, width=2):
+    return [rng(i).standard_normal(shape)
+            for i, shape in enumerate([(d, heads, width)] * 3 + [(heads, width, d)])]
+
+
+DEEP_SIZES = [(2, 5), (3, 4), (4, 3), (5, 2)]
+
+
+def test_prefixes():
+    a = np.array([[1, 2, 0], [0, 2, 1], [1, 2, 0], [1, 0, 0]])
+    paths, keys = fc.prefixes(a, 3)
+    assert keys[0].tolist() == [[0], [1]]  # the beginnings 0 and 1
+    assert keys[1].tolist() == [[0, 5], [1, 3], [1, 5]]  # 02, 10, 12
+    assert keys[2].tolist() == [[1, 5, 6], [0, 5, 7], [1, 5, 6], [1, 3, 6]]
+    assert paths[1].tolist() == [[0, 2], [1, 3], [1, 4]]
+    assert paths[2].tolist() == [[1, 4, 5], [0, 2, 6], [1, 4, 7], [1, 3, 8]]
+
+
+@pytest.mark.parametrize("k, p", DEEP_SIZES)
+def test_gather_gradient(k, p):
+    for path in fc.prefixes(small_transformer(k, p)[1], p)[0]:
+        x = rng().standard_normal((path.max() + 2, 3))
+        y, backward = fc.gather(x, path)
+        dy = rng(9).standard_normal(y.shape)
+        check_gradient(lambda x: (fc.gather(x, path)[0] * dy).sum(), [backward(dy)], [x])
+
+
+def test_layernorm():
+    x = 3 + 2 * rng(8).standard_normal((4, 7))
+    z, backward = fc.layernorm(x)
+    assert abs(z.mean(axis=1)).max() < 1e-12 and z.var(axis=1) == pytest.approx(1, abs=1e-4)
+    dz = rng(9).standard_normal(x.shape)
+    check_gradient(lambda x: (fc.layernorm(x)[0] * dz).sum(), [backward(dz)], [x])
+
+
+@pytest.mark.parametrize("n", [7, 2])
+def test_feed_forward_and_residual_gradient(n):
+    """For all rows, and for a layer that answers for the last two only."""
+    def layer(x, w):
+        def last(z):
+            y, backward = fc.feed_forward(z[-n:], *w)
+
+            def padded(dy):
+                dz, dweights = backward(dy)
+                return np.concatenate([np.zeros((len(x) - n, 5)), dz]), dweights
+
+            return y, padded
+
+        return fc.residual(x, last)
+
+    w = [rng(1).standard_normal((5, 6)), rng(2).standard_normal((6, 5))]
+    check_layer(layer, rng(4).standard_normal((7, 5)), w)
+
+
+@pytest.mark.parametrize("last", [0, -1])
+@pytest.mark.parametrize("k, p", DEEP_SIZES)
+def test_deep_attention_gradients(k, p, last):
+    """Of layer 1 from tables and of the others, asked everywhere or at the last position only."""
+    paths, keys = fc.prefixes(small_transformer(k, p)[1], p)
+    check_layer(lambda x, w: fc.first_attention(x, w, keys[last:], p, fc.Buffers()),
+                rng(3).standard_normal((k * p, 5)), four_weights())
+    check_layer(lambda x, w: fc.attend_paths(x, w, paths[last:]),
+                rng(3).standard_normal((paths[-1].max() + 1, 5)), four_weights())
+
+
+@pytest.mark.parametrize("k, p", DEEP_SIZES)
+def test_both_ways_to_attend_agree(k, p, monkeypatch):
+    """Layer 1 could attend like the others, were its rows written out; in few groups or many."""
+    monkeypatch.setattr(fc, "BLOCK_BYTES", 40)
+    paths, keys = fc.prefixes(small_transformer(k, p)[1], p)
+    x = rng(3).standard_normal((k * p, 5))
+    rows = x[np.concatenate([key[:, -1] for key in keys])]
+    y, _ = fc.residual(rows, lambda z: fc.attend_paths(z, four_weights(), paths))
+    first, _ = fc.first_attention(x, four_weights(), keys, p, fc.Buffers())
+    assert first == pytest.approx(y, rel=1e-11, abs=1e-12)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("k, p", DEEP_SIZES)
+def test_transformer_is_the_plain_one_and_causal(k, p, layers):
+    """A beginning alone gives what it gives in longer inputs; the same on the whole grid."""
+    params, a = small_transformer(k, p, layers)
+    expected = plain_transformer(params, a)
+    for j in range(1, k + 1):
+        shorter = params | {"P": params["P"][:j]}
+        logits, _ = fc.transformer(shorter, a[:, :j])
+        assert logits == pytest.approx(expected[:, j - 1], rel=1e-9, abs=1e-10)
+    grid = np.concatenate([x for _, x in fc.logit_blocks(params, k, p)])
+    whole = plain_transformer(params, fc.all_inputs(k, p))[:, -1]
+    assert grid == pytest.approx(whole, rel=1e-9, abs=1e-10)
+
+
+def test_later_tokens_change_no_earlier_state():
+    params, a = small_transformer(4, 5)
+    changed = a.copy()
+    changed[:, 2:] = (a[:, 2:] + 1 + rng().integers(0, 4, (len(a), 2))) % 5
+    before, after = (plain_transformer(params, x) for x in (a, changed))
+    assert (before[:, :2] == after[:, :2]).all()
+    assert (abs(before - after)[:, 2:].max(axis=(1, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("k, p", DEEP_SIZES)
+def test_transformer_gradient(k, p, layers):
+    """Of the whole network with its loss; inputs that repeat count as often as they come."""
+    params, a = small_transformer(k, p, layers)
+
+    def f(*x):
+        logits = plain_transformer(dict(zip(params, x)), a)[:, -1]
+        return fc.cross_entropy(logits, fc.labels(a, p))[0]
+
+    loss, grads = fc.loss_and_gradients(params, a)
+    assert loss == pytest.approx(f(*params.values()), rel=1e-10) and set(grads) == set(params)
+    check_gradient(f, [grads[name] for name in params], list(params.values()), h=1e-6, rel=1e-6)
+    for name in params:  # each array by itself, as some are much larger than others
+        g = lambda x: f(*{**params, name: x}.values())
+        check_gradient(g, [grads[name]], [params[name]], seed=3, h=1e-6, rel=1e-5)
+
+
 @pytest.mark.parametrize("p", [5, 8, 23])
 def test_embedding_spectrum(p):
     """A mean and three cosines of power 4, 1, 1, in columns; noise has a tenth in its top tenth."""
@@ -708,6 +866,8 @@ def test_grokking_numbers():
 
 ATTENTION = {"model": "transformer", "k": 3, "p": 7, "heads": 6, "d_model": 12, "init_std": 0.5}
 
+DEEP = {"model": "transformer", "layers": 2, "k": 3, "p": 7, "d_model": 12, "d_ff": 20}
+
 
 def small_run(**settings):
     return fc.new_run(fc.complete({"k": 2, "p": 11, "steps": 40, "batch": 32, **settings}))
@@ -733,7 +893,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("settings", [{}, {"activation": "relu"}, {"dtype": "float64"},
                                       {"max_margin": True}, {"p": 8}, {"k": 3, "p": 2},
-                                      {"train_fraction": 1.0, "batch": 1000}, ATTENTION])
+                                      {"train_fraction": 1.0, "batch": 1000}, ATTENTION, DEEP])
 def test_a_resumed_run_is_the_same_run(tmp_path, settings):
     whole = advance(small_run(**settings), 40)
     for stop in (0, 15, 33):
@@ -1054,12 +1214,12 @@ CUPY = {name: set(words.split()) for name, words in {
     "concatenate": "axis", "angle": "", "conj": "", "ascontiguousarray": "", "take": "axis",
     "argsort": "axis", "cumsum": "axis", "take_along_axis": "axis", "where": "", "stack": "axis",
     "bincount": "minlength", "tile": "", "zeros": "dtype", "isfinite": "", "minimum": "out",
-    "linalg.svd": "compute_uv", "fft.fft": "axis", "fft.rfft": "axis", "fft.fft2": "axes",
+    "unique": "", "searchsorted": "", "tensordot": "axes", "linalg.svd": "compute_uv", "fft.fft": "axis", "fft.rfft": "axis", "fft.fft2": "axes",
     "fft.ifft2": "axes", "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
 METHODS = {name: set(words.split()) for name, words in {
     "sum": "axis dtype keepdims", "mean": "axis keepdims", "max": "axis keepdims", "min": "axis",
     "prod": "axis", "argmax": "axis", "take": "axis", "reshape": "", "copy": "", "astype": "",
-    "transpose": "", "clip": "", "any": "axis", "all": "axis", "ravel": ""}.items()}
+    "transpose": "", "clip": "", "any": "axis", "all": "axis", "ravel": "", "swapaxes": ""}.items()}
 ATTRIBUTES = {"shape", "ndim", "dtype", "itemsize", "nbytes", "size"}
 OPERATORS = """add sub mul truediv floordiv mod pow matmul and or lt le gt ge eq ne""".split()
 
@@ -1181,7 +1341,7 @@ def flat(x):
 
 
 @pytest.mark.parametrize("settings", [{}, {"k": 3, "p": 6}, {"activation": "relu"},
-                                      {"max_margin": True}, ATTENTION])
+                                      {"max_margin": True}, ATTENTION, DEEP])
 def test_training_and_analysis_on_the_stand_in(settings, tmp_path, monkeypatch, capsys):
     """The same numbers as on the CPU, from the first random draw to the printed report."""
     expected = advance(small_run(**settings), 20)
