@@ -447,16 +447,17 @@ def init_transformer(k, p, layers, heads, d_head, d_model, d_ff, std, rng, dtype
 
 
 def prefixes(a, p):  # [n, k] -> k times [n_j, j]
-    """The different beginnings of each length, as paths: the rows of a_1, a_1 a_2, .. a_1 .. a_j.
+    """The different beginnings of each length j: their paths and their keys.
 
-    Also (second) their keys in layer 1: j p + a_j for the token a_j at position j, from 0.
-    The inputs themselves, the last n rows, are kept as they come, repeats and all.
+    A path holds the rows of a_1, a_1 a_2, .. a_1 .. a_j; keys are i p + a_i, i from 0, layer 1's
+    rows. The inputs themselves, the last n rows, are kept as they come, repeats and all.
     """
-    k = a.shape[1]
-    number = a @ p ** xp.arange(k - 1, -1, -1)
-    numbers = [xp.unique(number // p**j) for j in range(k - 1, 0, -1)] + [number]
-    start = np.cumsum([0] + [len(x) for x in numbers])
-    paths, keys = [], []
+    x, numbers, paths, keys = 0, [], [], []
+    for token in a.T:
+        x = p * x + token
+        numbers.append(xp.unique(x))
+    numbers[-1] = x
+    start = [0, *itertools.accumulate(len(x) for x in numbers)]
     for j, x in enumerate(numbers):
         before = [start[i] + xp.searchsorted(numbers[i], x // p ** (j - i)) for i in range(j)]
         paths.append(xp.stack([*before, start[j] + xp.arange(len(x))], axis=1))
@@ -465,8 +466,10 @@ def prefixes(a, p):  # [n, k] -> k times [n_j, j]
 
 
 def gather(x, path):  # [R, d], [n, j] -> [n, j, d]
-    """x[path]; backward adds with one-hot products, in a fixed order. A column is of one position,
-    the last of them counts up."""
+    """x[path]; backward adds by one-hot products, in a fixed order.
+
+    The rows of a column are of one position, next to each other; the last column counts up.
+    """
     def backward(dy):
         dx = xp.zeros_like(x)
         for i, rows in enumerate(path.T[:-1]):
@@ -1279,7 +1282,7 @@ DEFAULTS = {
     "transformer": {"p": 31, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "steps": 6000,
                     "init_std": 0.2, "lr": 3e-3, "weight_decay": 4, "hold": 0.5},
     "deep": {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 3000, "batch": 512,
-             "init_std": 0.5, "lr": 1e-3, "weight_decay": 2}}
+             "init_std": 0.7, "lr": 1e-3, "weight_decay": 2}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
           "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (1e-9, 1e6), "lr": (0, 1e3),
           "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 16),
