@@ -1214,8 +1214,8 @@ CUPY = {name: set(words.split()) for name, words in {
     "concatenate": "axis", "angle": "", "conj": "", "ascontiguousarray": "", "take": "axis",
     "argsort": "axis", "cumsum": "axis", "take_along_axis": "axis", "where": "", "stack": "axis",
     "bincount": "minlength", "tile": "", "zeros": "dtype", "isfinite": "", "minimum": "out",
-    "unique": "", "searchsorted": "", "tensordot": "axes", "linalg.svd": "compute_uv", "fft.fft": "axis", "fft.rfft": "axis", "fft.fft2": "axes",
-    "fft.ifft2": "axes", "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
+    "unique": "", "searchsorted": "", "tensordot": "axes", "linalg.svd": "compute_uv",
+    "fft.fft": "axis", "fft.rfft": "axis", "fft.fft2": "axes", "fft.ifft2": "axes", "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
 METHODS = {name: set(words.split()) for name, words in {
     "sum": "axis dtype keepdims", "mean": "axis keepdims", "max": "axis keepdims", "min": "axis",
     "prod": "axis", "argmax": "axis", "take": "axis", "reshape": "", "copy": "", "astype": "",
