@@ -1215,7 +1215,8 @@ CUPY = {name: set(words.split()) for name, words in {
     "argsort": "axis", "cumsum": "axis", "take_along_axis": "axis", "where": "", "stack": "axis",
     "bincount": "minlength", "tile": "", "zeros": "dtype", "isfinite": "", "minimum": "out",
     "unique": "", "searchsorted": "", "tensordot": "axes", "linalg.svd": "compute_uv",
-    "fft.fft": "axis", "fft.rfft": "axis", "fft.fft2": "axes", "fft.ifft2": "axes", "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
+    "fft.fft": "axis", "fft.rfft": "axis", "fft.fft2": "axes", "fft.ifft2": "axes",
+    "fft.irfft": "n axis", "fft.fftn": "axes"}.items()}
 METHODS = {name: set(words.split()) for name, words in {
     "sum": "axis dtype keepdims", "mean": "axis keepdims", "max": "axis keepdims", "min": "axis",
     "prod": "axis", "argmax": "axis", "take": "axis", "reshape": "", "copy": "", "astype": "",
