@@ -112,13 +112,15 @@ live heads of each:""")
 
 def print_deep_report(r):
     shown = lambda step: "not reached" if step is None else f"step {step}"
+    gap = "-" if r["gap_area"] is None else (f"largest {r['largest_gap']:.3f}, "
+                                             f"area {r['gap_area']:.0f} steps")
     print(f"""
 {r['k']} numbers modulo {r['p']}, {r['layers']} layers of {r['heads']} heads of {r['d_head']}, \
 d_model {r['d_model']}, d_ff {r['d_ff']}, seed {r['seed']}
   accuracy             train {percent(r['train_accuracy'])}, test {percent(r['test_accuracy'])}
   99% of train         {shown(r['steps_to_train'])}
   99% of test          {shown(r['steps_to_test'])}
-  train - test gap     largest {r['largest_gap']:.3f}, area {r['gap_area']:.0f} steps
+  train - test gap     {gap}
   embedding's power    {r['embedding_share']:.3f} in the top tenth of the frequencies; \
 at init {r['embedding_share_at_init']:.3f}
   its spectrum from 1  {bars(r['embedding_spectrum'], low=0)}|""")

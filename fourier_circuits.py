@@ -1263,7 +1263,7 @@ class Run:
         index, k = np.flatnonzero(self.train), c["k"]
         if c.get("layers") == 1:  # one input an orbit
             index = np.flatnonzero(self.train & (orbits(k, c["p"]) == np.arange(c["p"] ** k)))
-        elif self.train.all() and c["batch"] >= len(index) and c["alone"] == 0:
+        elif self.train.all() and c["batch"] >= len(index) and c.get("alone") == 0:
             index, k = np.arange(c["p"] ** (k - 1)), k - 1  # all of D_p at each step: prefixes do
         self.inputs = digits(xp.asarray(index), k, c["p"])
         rng = np.random.default_rng([c["seed"], 3])

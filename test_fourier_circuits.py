@@ -915,11 +915,26 @@ def test_training_finds_the_circuit():
 
 
 def test_training_finds_the_attention_circuit():
-    """Half of the orbits of 2 numbers modulo 13: the other half right, the scores are cosines."""
-    run = advance(fc.new_run(fc.complete({"model": "transformer", "k": 2, "p": 13, "heads": 32,
-                                          "steps": 800, "batch": 64})), 800)
+    """A small one, half of the orbits of 23^3: other orbits right, the scores are 2-D cosines."""
+    run = advance(fc.new_run(fc.complete({"model": "transformer", "k": 3, "p": 23, "heads": 32,
+                                          "steps": 800, "batch": 512, "init_std": 0.3,
+                                          "weight_decay": 4})), 800)
     r = fc.report(run)
-    print({name: x for name, x in r.items() if name != "each_head"})
+    assert r["distinct_accuracy"] > 0.9 and r["top_two_share"] > 0.8 > 0.2 > \
+        r["top_two_share_at_init"]
+    assert r["restricted_accuracy"] > 0.8 and r["excluded_accuracy"] < 0.2
+    assert r["distinct_accuracy"] > r["collision_accuracy"]
+    assert 1 < r["frequencies_used"] < 11 and sum(r["frequency_histogram"]) == r["live_heads"]
+
+
+def test_training_two_layers():
+    """All of 7^2, a few hundred steps: no error left, and a history to measure."""
+    run = advance(fc.new_run(fc.complete({"model": "transformer", "layers": 2, "k": 2, "p": 7,
+                                          "train_fraction": 1, "steps": 200, "lr": 3e-3})), 200)
+    r = fc.report(run)
+    assert r["train_accuracy"] == 1 and r["test_accuracy"] is None
+    assert run.history[-1]["train_loss"] < 0.1 and r["steps_to_train"] <= 200
+    assert r["embedding_share"] > 1 / 3 and sum(r["embedding_spectrum"]) == pytest.approx(1)
 
 
 def test_training_reaches_the_maximum_margin():
