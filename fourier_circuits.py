@@ -314,10 +314,10 @@ HEADS = "W_Q", "W_K", "W_V", "W_P"
 
 
 def init_attention(p, heads, d_head, d_model, std, rng, dtype="float32"):
-    """Embedding entries N(0, std^2), weights N(0, std^2 / fan-in), b ~ N(0, 1)."""
+    """Embedding entries N(0, std^4), weights N(0, std^2 / fan-in), b ~ N(0, 1)."""
     shapes = {"E": (p, d_model), **dict.fromkeys(HEADS[:3], (d_model, heads, d_head)),
               "W_P": (heads, d_head, p), "b": (heads,)}
-    sizes = {"E": std, "b": 1, "W_P": std / math.sqrt(heads * d_head)}
+    sizes = {"E": std**2, "b": 1, "W_P": std / math.sqrt(heads * d_head)}
     return {name: xp.asarray((sizes.get(name, std / math.sqrt(d_model))
                               * rng.standard_normal(shape)).astype(dtype))
             for name, shape in shapes.items()}
@@ -1279,15 +1279,16 @@ DEFAULTS = {
     "max_margin": {"train_fraction": 1, "steps": 1000, "batch": 2**30, "alone": 0, "equal": 0,
                    "init_std": 0.1, "lr": 0.03, "weight_decay": 0, "penalty": 0.1, "beta2": 0.95},
     "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0},
-    "transformer": {"p": 31, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "steps": 6000,
-                    "init_std": 0.2, "lr": 3e-3, "weight_decay": 4, "hold": 0.5},
+    "transformer": {"p": 31, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "steps": None,
+                    "batch": None, "init_std": None, "lr": 3e-3, "weight_decay": 4, "hold": 0.5,
+                    "late_decay": 0.5},
     "deep": {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 3000, "batch": 512,
-             "init_std": 0.7, "lr": 1e-3, "weight_decay": 2}}
+             "init_std": 0.7, "lr": 1e-3, "weight_decay": 2, "late_decay": 1}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
           "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (1e-9, 1e6), "lr": (0, 1e3),
           "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 16),
           "layers": (1, 100), "heads": (1, 10**6), "d_head": (1, 10**6), "d_model": (1, 10**6),
-          "d_ff": (1, 10**6), "hold": (0, 0.99)}
+          "d_ff": (1, 10**6), "hold": (0, 0.99), "late_decay": (0, 1)}
 
 
 def complete(config):
@@ -1306,7 +1307,9 @@ def complete(config):
        1 - loss / log p, as decay that begins before anything is learned ends all learning.
     lr is held, in units of the growing norm, in 1 and 2, and goes linearly to 0 in 3.
     max_margin: 3 alone, on all of D_p and without decay, as Lemma 3.7 has it.
-    The transformer is all free from the start: lr is held up to the share hold, decay as in 3.
+    The transformer is all free from the start: lr is held up to the share hold, with decay as in 3,
+    and goes to 0 with late_decay of that. One layer needs a small start, and the noise of a small
+    batch, the more so the smaller k is: only then do its collisions generalize.
     """
     model = config.get("model", COMMON["model"])
     if model not in ("mlp", "transformer"):
@@ -1325,6 +1328,10 @@ def complete(config):
     check_size(k, p)
     if model == "mlp":
         complete_mlp(config, given)
+    for name, value in (("steps", 2000 * k), ("batch", 256 * (k - 1)),
+                        ("init_std", 0.15 ** (max(0, 5 - k) / 4))):
+        if config[name] is None:
+            config[name] = value
     for name, (low, high) in RANGES.items():
         if name in config and not low <= config[name] <= high:
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
@@ -1431,6 +1438,8 @@ def train_step(run):
             penalty(params, c["penalty"], degree(c["k"], c["activation"]),
                     c["penalty_power"])[1](grads)
         decay = c["weight_decay"] * (1 - loss / math.log(c["p"])).clip(0)
+        if run.step >= c.get("hold", 1) * c["steps"]:
+            decay *= c["late_decay"]
     run.step += 1
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, c["beta2"]))
     if stage != "free":
