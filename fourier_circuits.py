@@ -5,20 +5,25 @@ Multiple Inputs" (Li, Liang, Shi, Song, Zhou; arXiv 2402.09469v4, "the paper" be
 
 A network sees k numbers a_1 .. a_k modulo p and must name their sum modulo p. The paper proves that
 the best such network (largest normalized margin) consists of neurons that are cosines of a single
-frequency each, and observes that training finds just these. In reading order:
+frequency each, and observes that training finds just these; and that the attention matrices of
+transformers become 2-D cosines. In reading order:
 
-    arrays    use_device, to_host, Buffers
-    data      all_inputs, labels, split                                              Eq. 1
-    layers    embed_sum, power, relu, linear, cross_entropy: y, backward = layer(..)
-    network   init_mlp, mlp, loss_and_gradients                                      Eq. 2
-    norm      neuron_norms, norm, penalty, max_margin         Defs B.2, 3.1, Theorem 4.1.1
-    AdamW     adamw
-    margins   margins, evaluate, normalized_margin                                   Def. 3.6
-    Fourier   power_spectrum, neuron_spectra, ablate, network_dft      Section 4, Lemma F.2
-    weights   diagonal_dft, class_margin_from_weights, margin_bound, efficiency      Lemma 4.2
-    theory    paper_network, rotated_network, theory_check          Theorem 4.1, Lemma 4.3
-    training  interaction, complete, schedule, train_step                            Lemma 3.7
-    runs      progress, report, save_run, load_run
+    arrays      use_device, to_host, Buffers
+    data        all_inputs, labels, split, orbits                                  Eq. 1
+    layers      embed_sum, power, relu, linear, cross_entropy: y, backward = layer(..)
+    network     init_mlp, mlp                                                      Eq. 2
+    attention   circuits, attend, attention                            Figures 3, 9, 10
+    several layers   prefixes, attend_rows, transformer                        Figure 4
+    all alike   network, logit_blocks, loss_and_gradients
+    norm        neuron_norms, norm, penalty, max_margin     Defs B.2, 3.1, Theorem 4.1.1
+    AdamW       adamw
+    margins     margins, evaluate, normalized_margin                               Def. 3.6
+    Fourier     power_spectrum, neuron_spectra, ablate, network_dft    Section 4, Lemma F.2
+                head_spectra, ablate_heads, embedding_spectrum
+    weights     diagonal_dft, class_margin_from_weights, margin_bound, efficiency  Lemma 4.2
+    theory      paper_network, rotated_network, theory_check        Theorem 4.1, Lemma 4.3
+    training    interaction, complete, schedule, train_step                        Lemma 3.7
+    runs        progress, report, grokking, save_run, load_run
 
 Letters
     p        modulus, at least 2                  a, y     inputs [n, k], labels [n]
@@ -26,6 +31,8 @@ Letters
     m        neurons                              z, h     before and after the activation [n, m]
     n        inputs in a batch                    zeta     a frequency, 1 .. p // 2
     D_p      all p^k inputs                       gamma*   the largest normalized margin
+    H, e     heads and their width                d, f     width of a state, of a block's MLP
+    S, OV    what heads attend to and write       A        attention, sum 1 over the keys
 Gradients are d + the name: dz is the gradient of the loss with respect to z.
 """
 
@@ -1282,8 +1289,8 @@ DEFAULTS = {
     "transformer": {"p": 31, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "steps": None,
                     "batch": None, "init_std": None, "lr": 3e-3, "weight_decay": 4, "hold": 0.5,
                     "late_decay": 0.5},
-    "deep": {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 3000, "batch": 512,
-             "init_std": 0.7, "lr": 1e-3, "weight_decay": 2, "late_decay": 1}}
+    "deep": {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500, "batch": 512,
+             "init_std": 0.5, "lr": 1e-3, "weight_decay": 2, "late_decay": 1}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
           "alone": (0, 0.99), "equal": (0, 0.99), "init_std": (1e-9, 1e6), "lr": (0, 1e3),
           "weight_decay": (0, 1e6), "penalty": (0, 1e6), "penalty_power": (1, 16),
