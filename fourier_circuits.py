@@ -321,10 +321,10 @@ HEADS = "W_Q", "W_K", "W_V", "W_P"
 
 
 def init_attention(p, heads, d_head, d_model, std, rng, dtype="float32"):
-    """Embedding entries N(0, std^4), weights N(0, std^2 / fan-in), b ~ N(0, 1)."""
+    """Embedding entries N(0, std^2 / 4), weights N(0, std^2 / fan-in), b ~ N(0, 1)."""
     shapes = {"E": (p, d_model), **dict.fromkeys(HEADS[:3], (d_model, heads, d_head)),
               "W_P": (heads, d_head, p), "b": (heads,)}
-    sizes = {"E": std**2, "b": 1, "W_P": std / math.sqrt(heads * d_head)}
+    sizes = {"E": std / 2, "b": 1, "W_P": std / math.sqrt(heads * d_head)}
     return {name: xp.asarray((sizes.get(name, std / math.sqrt(d_model))
                               * rng.standard_normal(shape)).astype(dtype))
             for name, shape in shapes.items()}
@@ -1336,7 +1336,7 @@ def complete(config):
     if model == "mlp":
         complete_mlp(config, given)
     for name, value in (("steps", 2000 * k), ("batch", 256 * (k - 1)),
-                        ("init_std", 0.15 ** (max(0, 5 - k) / 4))):
+                        ("init_std", 0.3 ** (max(0, 5 - k) / 2))):
         if config[name] is None:
             config[name] = value
     for name, (low, high) in RANGES.items():
