@@ -479,7 +479,7 @@ def test_ablate():
 
 def small_attention(k, p, seed=0):
     """A small network and 40 inputs, some of them collisions."""
-    return (fc.init_attention(p, 3, 2, 4, 1.5, rng(seed), "float64"),
+    return (fc.init_attention(p, 3, 2, 4, 2, rng(seed), "float64"),
             rng(seed + 1).integers(0, p, (40, k)))
 
 

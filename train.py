@@ -52,14 +52,14 @@ def parse(argv):
     add("--p", type=int, help=f"modulus ({default('p')})")
     add("--figure", type=int, choices=sorted(FIGURES), help="the model, k and p of that figure")
     add("--train-fraction", type=float, help=f"share of D_p ({default('train_fraction')})")
-    add("--steps", type=int, help=f"{default('steps')}; transformer 2000 k, 2 layers "
+    add("--steps", type=int, help=f"{default('steps')}; transformer 3000 k, 2 layers "
         f"{fc.DEFAULTS['deep']['steps']}")
     add("--batch", type=int, help=f"inputs a step, all of them at most ({default('batch')}; "
         f"transformer 256 (k-1), 2 layers {fc.DEFAULTS['deep']['batch']})")
     add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m; "
         f"transformer {rules[1]['lr']}, 2 layers {fc.DEFAULTS['deep']['lr']})")
     add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m; "
-        f"transformer {rules[1]['weight_decay']}, 2 layers {fc.DEFAULTS['deep']['weight_decay']})")
+        f"transformer 12 / k, 2 layers {fc.DEFAULTS['deep']['weight_decay']})")
     add("--init-std", type=float, help="of the initial weights (default: set from the sizes)")
     add("--seed", type=int, help=default("seed"))
     add("--dtype", choices=("float32", "float64"), help=default("dtype"))
