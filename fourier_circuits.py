@@ -1287,8 +1287,8 @@ DEFAULTS = {
                    "init_std": 0.1, "lr": 0.03, "weight_decay": 0, "penalty": 0.1, "beta2": 0.95},
     "relu": {"alone": 0, "equal": 0, "init_std": 0.2, "weight_decay": 1.4, "penalty": 0},
     "transformer": {"p": 31, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "steps": None,
-                    "batch": None, "init_std": None, "lr": 3e-3, "weight_decay": None, "hold": 0.5,
-                    "late_decay": 0.7},
+                    "batch": None, "init_std": None, "lr": 3e-3, "weight_decay": 4, "hold": 0.5,
+                    "late_decay": None},
     "deep": {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500, "batch": 512,
              "init_std": 0.5, "lr": 1e-3, "weight_decay": 2, "late_decay": 1}}
 RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
@@ -1316,7 +1316,8 @@ def complete(config):
     max_margin: 3 alone, on all of D_p and without decay, as Lemma 3.7 has it.
     The transformer is all free from the start: lr is held up to the share hold, with decay as in 3,
     and goes to 0 with late_decay of that. One layer needs a small start, and the noise of a small
-    batch, the more so the smaller k is: only then do its collisions generalize.
+    batch, the more so the smaller k is: only then do its collisions generalize; the more of them
+    there are, the less late decay, which keeps heads clean and collisions unlearned.
     """
     model = config.get("model", COMMON["model"])
     if model not in ("mlp", "transformer"):
@@ -1335,9 +1336,11 @@ def complete(config):
     check_size(k, p)
     if model == "mlp":
         complete_mlp(config, given)
+    distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     for name, value in (("steps", 3000 * k), ("batch", 256 * (k - 1)),
-                        ("init_std", 0.3 ** (max(0, 5 - k) / 2)), ("weight_decay", 12 / k)):
-        if config[name] is None:
+                        ("init_std", 0.3 ** (max(0, 5 - k) / 2)),
+                        ("late_decay", max(0, 1 - 1.5 * math.sqrt(1 - distinct)))):
+        if config.get(name, 0) is None:
             config[name] = value
     for name, (low, high) in RANGES.items():
         if name in config and not low <= config[name] <= high:

@@ -59,7 +59,7 @@ def parse(argv):
     add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m; "
         f"transformer {rules[1]['lr']}, 2 layers {fc.DEFAULTS['deep']['lr']})")
     add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m; "
-        f"transformer 12 / k, 2 layers {fc.DEFAULTS['deep']['weight_decay']})")
+        f"transformer {rules[1]['weight_decay']}, 2 layers {fc.DEFAULTS['deep']['weight_decay']})")
     add("--init-std", type=float, help="of the initial weights (default: set from the sizes)")
     add("--seed", type=int, help=default("seed"))
     add("--dtype", choices=("float32", "float64"), help=default("dtype"))
