@@ -3,8 +3,9 @@
     python train.py --k 3 --p 23                    the circuit, 10 seconds on two cores
     python train.py --k 3 --p 23 --max-margin       the largest normalized margin, 30 seconds
     python train.py --figure 1                      Figures 1, 5, 7 at full size: 2, 1, 9 minutes
-    python train.py --model transformer             one layer of attention, k = 3, p = 31
-    python train.py --figure 3                      Figures 3, 9, 10: attention at full size
+    python train.py --model transformer             one layer of attention, k = 3, p = 31: 2 minutes
+    python train.py --figure 3                      Figures 3, 9, 10, attention: 3 to 5 minutes
+    python train.py --model transformer --layers 2 --k 2 --p 97     grokking, 1 to 2 minutes
     python train.py --k 3 --p 23 --benchmark        milliseconds a step
     python train.py --resume FILE                   go on where a stopped run was saved
 """
