@@ -775,13 +775,20 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
     size = lr * root / (1 - beta1**step)
     for name in params:
         x, g, m, v = (d[name].reshape(-1) for d in (params, grads, first, second))
-        for part in blocks(len(x), 2 * x.itemsize):
+        parts = blocks(len(x), 2 * x.itemsize)
+        work = xp.empty(parts[0].stop, x.dtype)
+        for part in parts:
             xi, gi, mi, vi = x[part], g[part], m[part], v[part]
-            mi += (1 - beta1) * (gi - mi)
-            vi += (1 - beta2) * (gi * gi - vi)
+            t = xp.subtract(gi, mi, out=work[:len(xi)])
+            t *= 1 - beta1
+            mi += t
+            xp.multiply(gi, gi, out=t)
+            t -= vi
+            t *= 1 - beta2
+            vi += t
             if params[name].ndim > 1:
                 xi *= 1 - lr * weight_decay
-            t = xp.sqrt(vi)
+            xp.sqrt(vi, out=t)
             t += eps * root
             xp.divide(mi, t, out=t)
             t *= size
