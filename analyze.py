@@ -30,7 +30,8 @@ def run_main(main):
     """Run a script's main: what the user can mend is one line on stderr and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # the plots need more than a bare ASCII terminal has
     try:
-        sys.exit(main(sys.argv[1:]))
+        with np.errstate(over="ignore", invalid="ignore"):  # the scripts look for them themselves
+            sys.exit(main(sys.argv[1:]))
     except fc.BadInput as error:
         problem = error
     except MemoryError:
@@ -112,6 +113,7 @@ live heads of each:""")
 
 def print_deep_report(r):
     shown = lambda step: "not reached" if step is None else f"step {step}"
+    tenth = -(-r["frequencies_total"] // 10)
     gap = "-" if r["gap_area"] is None else (f"largest {r['largest_gap']:.3f}, "
                                              f"area {r['gap_area']:.0f} steps")
     print(f"""
@@ -121,8 +123,8 @@ d_model {r['d_model']}, d_ff {r['d_ff']}, seed {r['seed']}
   99% of train         {shown(r['steps_to_train'])}
   99% of test          {shown(r['steps_to_test'])}
   train - test gap     {gap}
-  embedding's power    {r['embedding_share']:.3f} in the top tenth of the frequencies; \
-at init {r['embedding_share_at_init']:.3f}
+  embedding's power    {r['embedding_share']:.3f} in the top {tenth} of {r['frequencies_total']} \
+frequencies; at init {r['embedding_share_at_init']:.3f}
   its spectrum from 1  {bars(r['embedding_spectrum'], low=0)}|""")
 
 
@@ -158,10 +160,13 @@ def print_groups(groups):
 
 def print_table(reports):
     """One line a run."""
-    print("  k   p     m  seed   steps  train    test     single   phase   freqs    margin/gamma*")
+    print("  k   p     m  seed   steps  train    test     single   phase   freqs    margin/gamma*"
+          "  (m: neurons or heads)")
     for r in reports:
         if "top_two_share" in r:
             end = f"top two {r['top_two_share']:.3f}, {r['live_heads']} live heads"
+        elif "embedding_share" in r:
+            end = f"{r['layers']} layers, embedding {r['embedding_share']:.3f}"
         else:
             ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f}"
             end = (f"{percent(r['single_frequency_fraction']):8s} {r['phase_error']:.4f}  "

@@ -147,8 +147,8 @@ def labels(a, p):  # [n, k] -> [n]
 def split(k, p, fraction, rng, symmetric=False):
     """A random part of D_p to train on: bool [p^k] on the host, True on round(fraction p^k) inputs.
 
-    symmetric: for a network that cannot tell a_1 .. a_{k-1} apart; whole orbits are drawn, as to
-    such a network an input whose permuted copy it was trained on is no test.
+    symmetric: for a network that cannot tell a_1 .. a_{k-1} apart. This fraction of the orbits is
+    drawn then, whole: to such a network an input whose permuted copy it knows is no test.
     rng: a numpy Generator. Raises BadInput if the fraction is outside (0, 1] or selects nothing.
     """
     check_size(k, p)
@@ -159,23 +159,27 @@ def split(k, p, fraction, rng, symmetric=False):
     count = round(fraction * total) if 0 < fraction <= 1 else 0
     if count == 0:
         raise BadInput(f"train fraction {fraction} must lie in (0, 1] and give at least one of the "
-                       f"p^k = {p**k} inputs")
+                       f"{total} {'orbits of ' if symmetric else ''}inputs")
     train = np.zeros(total, bool)
     train[rng.permutation(total)[:count]] = True
     return train[orbit]
 
 
-def orbits(k, p):  # -> int [p^k], on the host
-    """For each input the number of its orbit's first member, the one with a_1 <= .. <= a_{k-1}."""
+def sorted_inputs(k, p):  # -> int [p^k, k], on the host
+    """All inputs with a_1 .. a_{k-1} in order."""
     a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
     a[:, :-1].sort(axis=1)
-    return a @ p ** np.arange(k - 1, -1, -1)
+    return a
+
+
+def orbits(k, p):  # -> int [p^k], on the host
+    """For each input the number of its orbit's first member, the one with a_1 <= .. <= a_{k-1}."""
+    return sorted_inputs(k, p) @ p ** np.arange(k - 1, -1, -1)
 
 
 def collisions(k, p):  # -> bool [p^k], on the host
     """Inputs with two equal numbers among a_1 .. a_{k-1} (see attention)."""
-    a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
-    return (np.diff(np.sort(a[:, :-1], axis=1), axis=1) == 0).any(axis=1)
+    return (np.diff(sorted_inputs(k, p)[:, :-1], axis=1) == 0).any(axis=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -330,12 +334,12 @@ def init_attention(p, heads, d_head, d_model, std, rng, dtype="float32"):
             for name, shape in shapes.items()}
 
 
-def circuits(x, weights):  # [v, d], W_Q W_K W_V [d, H, e] W_P [H, e, c] -> [H, v, v], [H, v, c]
+def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], OV [H, v, c]
     """What heads attend to and what they then write, for the v vectors that a first layer can see.
 
     S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e); for x = E, the tokens, it is the attention
     matrix W^{KQ} of the paper's figures. OV_h[a] = (x W_V^h W_P^h)_a. So Q, K and V are computed
-    once a token, not once a number of the batch.
+    once a token, not once a number of the batch. weights: W_Q, W_K, W_V, W_P, in this order.
     """
     *read, write = weights
     v, d = x.shape
@@ -360,7 +364,8 @@ def circuits(x, weights):  # [v, d], W_Q W_K W_V [d, H, e] W_P [H, e, c] -> [H, 
 def attend(s, ov, b, key, query, buf):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> [n, c]
     """y = sum_h sum_j A_hj OV_h[key_j], A_h = softmax over j of S_h[query, key_j] + b_h [j last].
 
-    The n k (input, key) pairs are visited token by token: each token is one small product.
+    The n k (input, key) pairs are visited token by token: each token is one small product. query
+    counts rows of S_h, key its columns and OV_h's rows. -> y, backward(dy) -> dS, dOV, db.
     """
     n, k = key.shape
     heads, v, c = ov.shape
@@ -391,8 +396,8 @@ def attend(s, ov, b, key, query, buf):  # [H, q, v], [H, v, c], [H], [n, k], [n]
             xp.matmul(weight[i].T, dy[i], out=dwrite[t])
             xp.matmul(dy[i], read[t], out=dA[i])
         dA = dA[back].reshape(k, n, heads)
-        dA -= (A * dA).sum(axis=0)  # softmax: dscore = A (dA - sum_j A dA)
-        dA *= A
+        dA -= (A * dA).sum(axis=0)
+        dA *= A  # softmax: dscore = A (dA - sum_j A dA)
         dscore = dA.reshape(k * n, heads)[order]
         onehot = xp.eye(queries, dtype=s.dtype)[query[order]]
         for t, i in enumerate(parts):
@@ -409,10 +414,11 @@ def attention(params, a, buf=None):  # [n, k] -> [n, p]
     b_h, the bias of the query's own score, is ours. -> logits, backward(dlogits) -> a dict like
     params. Why it can add, and where that is hard:
     - Without the softmax's denominator it could not for k >= 3: for a fixed query the logits are
-      sums of one term a key. The denominator multiplies the keys.
-    - For small scores A_j = pi (1 + s_j - pi (s_1 + .. + s_k) + ..): what makes the sum, the
-      products of two keys' terms, has the sign -. At a collision, a_i = a_j, pi s_j OV[a_j] holds
-      the same with the sign +, so it needs other heads; the report counts collisions apart.
+      sums of one term a number. The denominator multiplies the numbers.
+    - For scores s_j small beside 1 and b = 0, A_j = 1/k (1 + s_j - 1/k (s_1 + .. + s_k) + ..): what
+      makes the sum are the products of one number's score and another's OV, of sign -. At a
+      collision, a_i = a_j among a_1 .. a_{k-1}, the products s_j OV[a_j] hold the same with the
+      sign +, so it needs other heads; the report counts collisions apart.
     """
     s, ov, circuits_backward = circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1], buf or Buffers())
@@ -453,11 +459,11 @@ def init_transformer(k, p, layers, heads, d_head, d_model, d_ff, std, rng, dtype
             for name, shape in shapes.items()}
 
 
-def prefixes(a, p):  # [n, k] -> k times [n_j, j]
+def prefixes(a, p):  # [n, k] -> paths, keys: a list of k arrays [n_j, j] each, j = 1 .. k
     """The different beginnings of each length j: their paths and their keys.
 
-    A path holds the rows of a_1, a_1 a_2, .. a_1 .. a_j; keys are i p + a_i, i from 0, layer 1's
-    rows. The inputs themselves, the last n rows, are kept as they come, repeats and all.
+    A path holds the rows of a_1, a_1 a_2, .. a_1 .. a_j; keys are (i-1) p + a_i, the rows of layer
+    1's table. The inputs themselves, the last n rows, are kept as they come, repeats and all.
     """
     x, numbers, paths, keys = 0, [], [], []
     for token in a.T:
@@ -619,7 +625,7 @@ def transformer(params, a, buf=None):  # [n, k] -> [n, p]
 
     def run(layer, names, l):
         names = [f"{name} {l}" for name in names]
-        y, backward = layer([params[name] for name in names])
+        y, backward = layer([params[name] for name in names])  # now, while x is its input
         tape.append((names, backward))
         return y
 
@@ -650,7 +656,9 @@ def transformer(params, a, buf=None):  # [n, k] -> [n, p]
 
 
 def network(params, a, activation="power", buf=None):
-    """The network that has these parameters, on inputs a. {"S", "OV", "b"}: attention's tables."""
+    """The network that has these parameters, on inputs a. {"S", "OV", "b"}, attention's tables, are
+    for the logits alone.
+    """
     if "u" in params:
         return mlp(params, a, activation, buf)
     if "S" in params:
@@ -833,7 +841,7 @@ def evaluate(logit_blocks, train, k, p):
 
 
 def sample_inputs(index, k, p, rng, most=2**17):
-    """The inputs with these numbers (see digits), or a random choice of most of them; [n, k]."""
+    """The inputs of these numbers (see digits), or `most` random ones if there are more; [n, k]."""
     return digits(xp.asarray(index if len(index) <= most
                              else index[rng.integers(0, len(index), most)]), k, p)
 
@@ -975,15 +983,17 @@ def head_spectrum(s):  # [H, p, p] -> s [H, p, p], power [H, p p], partner [p p]
 def head_spectra(params):
     """Each head's Fourier measures (Figures 3, 9, 10), as a dict of arrays on the host.
 
+    All are of S_h without the means of its rows, and of OV_h without those of its rows and columns,
+    which change no answer.
     shares [H, 3]    of the power of S_h in its top one, two and three frequency pairs +-(u, v);
-                     cos(x u) cos(y v) is two pairs, (u, v) and (u, -v), of half the power each
-    top [H, 3, 2]    those pairs, u in -p/2 .. p/2 (query) and v in 0 .. p/2 (key)
-    rank [H]         singular values of S_h above a hundredth of the largest
-    size [H]         rms(S_h) rms(OV_h) over the largest, both without what changes no answer: the
-                     means of rows, and of OV_h those of columns too
-    live [H]         size above a twentieth
+                     cos(2 pi u q/p) cos(2 pi v a/p) is two pairs, (u, v) and (-u, v), of half the
+                     power each (one if u = 0)
+    top [H, 3, 2]    those pairs, -p/2 <= u <= p/2 (query) and 0 <= v <= p/2 (key)
+    rank [H]         singular values above a hundredth of the largest; at most d_head
+    size [H]         rms(S_h) rms(OV_h) over the largest
+    live [H]         size at least a twentieth
     """
-    s, ov = head_tables(params)
+    s, ov = (x.astype("float64") for x in head_tables(params))  # whose squares overflow float32
     p = s.shape[1]
     s, power, _ = head_spectrum(s)
     order = xp.argsort(-power, axis=1)[:, :3]
@@ -994,13 +1004,13 @@ def head_spectra(params):
     u = (sign * u + (p - 1) // 2) % p - (p - 1) // 2
     ov = ov - ov.mean(axis=2, keepdims=True)
     ov = ov - ov.mean(axis=1, keepdims=True)
-    size = xp.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
+    size = xp.sqrt((s**2).mean(axis=(1, 2))) * xp.sqrt((ov**2).mean(axis=(1, 2)))
     size /= xp.maximum(size.max(), xp.finfo(size.dtype).tiny)
     values = xp.linalg.svd(s, compute_uv=False)
     return {name: to_host(x) for name, x in {
         "shares": shares, "top": xp.stack([u, sign * v % p], axis=2),
         "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
-        "size": size, "live": size > 0.05}.items()}
+        "size": size, "live": size >= 0.05 * size.max()}.items()}
 
 
 def embedding_spectrum(params):  # -> [p // 2], on the host
@@ -1010,14 +1020,15 @@ def embedding_spectrum(params):  # -> [p // 2], on the host
 
 
 def top_share(spectrum):
-    """The share of its top tenth of frequencies; of a flat spectrum about a tenth."""
+    """The share of its top tenth of frequencies, rounded up to at least one."""
     return float(np.sort(spectrum)[-math.ceil(len(spectrum) / 10):].sum())
 
 
 def ablate_heads(params, keep=2):
     """The causal check: each S_h with its top frequency pairs only, and with all the others only.
 
-    -> restricted, excluded, each {"S", "OV", "b"} for network.
+    -> restricted, excluded, each {"S", "OV", "b"} for network; the two S add up to all but the
+    means of rows.
     """
     s, ov = head_tables(params)
     s, power, partner = head_spectrum(s)
@@ -1324,7 +1335,8 @@ def complete(config):
     The transformer is all free from the start: lr is held up to the share hold, with decay as in 3,
     and goes to 0 with late_decay of that. One layer needs a small start, and the noise of a small
     batch, the more so the smaller k is: only then do its collisions generalize; the more of them
-    there are, the less late decay, which keeps heads clean and collisions unlearned.
+    there are, the less late decay, which keeps heads clean and collisions unlearned: the share
+    max(0, 1 - 1.5 sqrt(share of collisions)).
     """
     model = config.get("model", COMMON["model"])
     if model not in ("mlp", "transformer"):
@@ -1337,7 +1349,8 @@ def complete(config):
     for name in config:
         if name not in rule:
             raise BadInput(f"{name.replace('_', '-')} does not apply to this model ({model}"
-                           f"{', one layer' if kinds == ['transformer'] else ''})")
+                           f"{', one layer' if kinds == ['transformer'] else ''}); give another "
+                           f"--model or --layers, or leave it out")
     given, config = config, {**rule, **config}
     k, p = config["k"], config["p"]
     check_size(k, p)
@@ -1410,7 +1423,8 @@ def spectra(config, params):
     """What a run keeps of its first weights' Fourier measures, as an array on the host."""
     if config["model"] == "mlp":
         return neuron_spectra(params)["max_power"]
-    return head_spectra(params)["shares"] if config["layers"] == 1 else embedding_spectrum(params)
+    return (head_spectra(params)["shares"].astype(config["dtype"]) if config["layers"] == 1
+            else embedding_spectrum(params))
 
 
 def standardize(params, rms):
@@ -1503,7 +1517,9 @@ def neuron_measures(params):
 
 
 def head_measures(params):
-    """-> the summary of head_spectra, its medians over live heads, and head_spectra"""
+    """-> the summary of head_spectra over live heads (frequencies_used: the key frequencies v of
+    their top pairs), head_spectra
+    """
     s = head_spectra(params)
     live = s["live"]
     return {"top_two_share": float(np.median(s["shares"][live, 1])), "live_heads": int(live.sum()),

@@ -865,7 +865,7 @@ def test_grokking_numbers():
 # Runs
 
 
-ATTENTION = {"model": "transformer", "k": 3, "p": 7, "heads": 6, "d_model": 12, "init_std": 0.5}
+ATTENTION = {"model": "transformer", "k": 3, "p": 7, "heads": 6, "d_model": 12}
 
 DEEP = {"model": "transformer", "layers": 2, "k": 3, "p": 7, "d_model": 12, "d_ff": 20}
 
@@ -1029,6 +1029,19 @@ def test_held_out_accuracies_add_up():
     assert r["fresh_accuracy"] == r["test_accuracy"] == right[held].mean()
     assert r["distinct_accuracy"] == right[held & ~equal].mean()
     assert r["collision_accuracy"] == right[held & equal].mean()
+
+
+def test_a_run_that_learns_nothing_and_runs_of_all_kinds(tmp_path, monkeypatch, capsys):
+    """Heads of any size have their measures; one table holds every kind of network."""
+    monkeypatch.chdir(tmp_path)
+    for size in (1e-4, 1e3):
+        run = advance(small_run(**ATTENTION, lr=0, init_std=size), 10)
+        assert fc.report(run)["live_heads"] > 0 and math.isfinite(fc.report(run)["top_two_share"])
+    fc.save_run("attention.npz", run)
+    for name, settings in (("mlp", {}), ("deep", DEEP)):
+        fc.save_run(f"{name}.npz", advance(small_run(**settings), 10))
+    assert analyze.main(["mlp.npz", "attention.npz", "deep.npz"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_theory_prints_small_errors(tmp_path):

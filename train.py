@@ -51,7 +51,8 @@ def parse(argv):
     add("--model", choices=("mlp", "transformer"), help="default mlp, that of Eq. 2")
     add("--k", type=int, help=f"numbers to add ({default('k')})")
     add("--p", type=int, help=f"modulus ({default('p')})")
-    add("--figure", type=int, choices=sorted(FIGURES), help="the model, k and p of that figure")
+    add("--figure", type=int, choices=sorted(FIGURES), help="the model, k and p of that figure; "
+        "other flags override")
     add("--train-fraction", type=float, help=f"share of D_p ({default('train_fraction')})")
     add("--steps", type=int, help=f"{default('steps')}; transformer 3000 k, 2 layers "
         f"{fc.DEFAULTS['deep']['steps']}")
@@ -85,7 +86,7 @@ def parse(argv):
         group("--" + name.replace("_", "-"), type=int, help=f"{of}2 layers {deep[name]}")
     group = parser.add_argument_group("of this command").add_argument
     group("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
-    group("--out", metavar="FILE", help="run file (default: named after k, p and seed)")
+    group("--out", metavar="FILE", help="run file (default: named after model, k, p, seed)")
     group("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
     group("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
     group("--benchmark", action="store_true",
@@ -157,8 +158,11 @@ def train(run, out, save_every, resume_command):
         if (log or save) and not fc.finite(run.params):
             raise fc.BadInput(f"the weights overflowed by step {run.step}; try a smaller --lr")
         if log:
-            run.history.append(fc.progress(run))
-            progress.show(run.history[-1], every)
+            line = fc.progress(run)
+            if not math.isfinite(line["train_loss"]):
+                raise fc.BadInput(f"the loss overflowed by step {run.step}; try a smaller --lr")
+            run.history.append(line)
+            progress.show(line, every)
         run.seconds = time.monotonic() - began
         if save:
             fc.save_run(out, run)
@@ -263,8 +267,7 @@ def main(argv):
         again += ["--save-every", str(own["save_every"])]
     if own["device"] != "auto":
         again += ["--device", own["device"]]
-    with np.errstate(over="ignore", invalid="ignore"):  # train looks for them in the loss
-        train(run, out, own["save_every"], shlex.join(again))
+    train(run, out, own["save_every"], shlex.join(again))
     print_report(fc.report(run))
     print(f"  saved to {out}")
     return 0
