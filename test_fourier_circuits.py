@@ -1146,7 +1146,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--model transformer --heads 0", "--model transformer --d-head -1",
     "--model transformer --d-model 0", "--model transformer --heads 10000000",
     "--model transformer --heads 900000 --p 5", "--model transformer --train-fraction 1e-9",
-    "--figure 4 --k 1", "--figure 3 --alone 0.1", "--model transformer --d-ff 8",
+    "--figure 4 --k 1", "--figure 4 --k 6", "--figure 3 --alone 0.1", "--model transformer --d-ff 8",
     "--model transformer --layers 0", "--model transformer --layers 2 --d-ff 0",
     "--model transformer --layers 100 --d-model 100000",
     "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",

@@ -233,8 +233,10 @@ def main(argv):
     flags = parse(argv)
     figure = flags.pop("figure", None)
     flags = {**FIGURES.get(figure, {}), **flags}
-    if figure == 4:
-        flags.setdefault("p", FIGURE_4_P.get(flags["k"], 5))
+    if figure == 4 and "p" not in flags:
+        if flags["k"] not in FIGURE_4_P:
+            raise fc.BadInput(f"Figure 4 has k = 2, 3, 4 and 5, not {flags['k']}; give --p too")
+        flags["p"] = FIGURE_4_P[flags["k"]]
     own = {name: flags.pop(name, None)
            for name in ("device", "out", "save_every", "resume", "benchmark")}
     if own["save_every"] < 0:
