@@ -1333,10 +1333,7 @@ def complete(config):
     lr is held, in units of the growing norm, in 1 and 2, and goes linearly to 0 in 3.
     max_margin: 3 alone, on all of D_p and without decay, as Lemma 3.7 has it.
     The transformer is all free from the start: lr is held up to the share hold, with decay as in 3,
-    and goes to 0 with late_decay of that. One layer needs a small start, and the noise of a small
-    batch, the more so the smaller k is: only then do its collisions generalize; the more of them
-    there are, the less late decay, which keeps heads clean and collisions unlearned: the share
-    max(0, 1 - 1.5 sqrt(share of collisions)).
+    and goes to 0 with late_decay of that.
     """
     model = config.get("model", COMMON["model"])
     if model not in ("mlp", "transformer"):
@@ -1354,25 +1351,11 @@ def complete(config):
     given, config = config, {**rule, **config}
     k, p = config["k"], config["p"]
     check_size(k, p)
-    if model == "mlp":
-        complete_mlp(config, given)
-    distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
-    for name, value in (("steps", 3000 * k), ("batch", 256 * (k - 1)),
-                        ("init_std", 0.3 ** (max(0, 5 - k) / 2)),
-                        ("late_decay", max(0, 1 - 1.5 * math.sqrt(1 - distinct)))):
-        if config.get(name, 0) is None:
-            config[name] = value
+    (complete_mlp if model == "mlp" else complete_transformer)(config, given)
     for name, (low, high) in RANGES.items():
         if name in config and not low <= config[name] <= high:
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
                            f"between {low} and {high}")
-    if model == "transformer":
-        heads, d = config["heads"], config["d_model"]
-        tokens = p if config["layers"] == 1 else k * p
-        weights = config["layers"] * d * (4 * heads * config["d_head"] + 2 * config.get("d_ff", 0))
-        if 16 * (weights + heads * tokens * (tokens + max(d, p))) > MAX_BYTES:
-            raise BadInput("too large: the weights and the attention matrices of all heads exceed "
-                           f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
 
 
@@ -1395,6 +1378,27 @@ def complete_mlp(config, given):
         raise BadInput("alone must be 0 for ReLU: the interaction is that of the power activation")
     if config["max_margin"] and config["activation"] != "power":
         raise BadInput("max-margin is for the power activation, the one with a known gamma*")
+
+
+def complete_transformer(config, given):
+    """complete's settings of one layer, by k and the share of collisions, in place; its size.
+
+    It needs a small start and the noise of a small batch, the more so the smaller k is: only then
+    do its collisions generalize. Late decay keeps heads clean and collisions unlearned: the more of
+    these there are, the less of it.
+    """
+    k, p, heads, d = (config[name] for name in ("k", "p", "heads", "d_model"))
+    distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
+    for name, value in (("steps", 3000 * k), ("batch", 256 * (k - 1)),
+                        ("init_std", 0.3 ** (max(0, 5 - k) / 2)),
+                        ("late_decay", max(0, 1 - 1.5 * math.sqrt(1 - distinct)))):
+        if config[name] is None:
+            config[name] = value
+    tokens = p if config["layers"] == 1 else k * p
+    weights = config["layers"] * d * (4 * heads * config["d_head"] + 2 * config.get("d_ff", 0))
+    if 16 * (weights + heads * tokens * (tokens + max(d, p))) > MAX_BYTES:
+        raise BadInput("too large: the weights and the attention matrices of all heads exceed "
+                       f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
 
 
 def initial(config, rng):
