@@ -531,10 +531,12 @@ def test_attend_gradient(k, p):
     check_gradient(f, backward(dy), [s, ov, params["b"]])
 
 
+@pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("k, p", [(2, 5), (3, 5), (4, 3), (5, 2)])
-def test_attention_gradient(k, p, monkeypatch):
-    """The whole network with its loss; in one block of rows and in many."""
+def test_attention_gradient(k, p, grid, monkeypatch):
+    """The whole network with its loss, on a batch and on all of D_p; in one block and in many."""
     params, a = small_attention(k, p)
+    a = fc.all_inputs(k, p) if grid else a
     f = lambda *x: fc.cross_entropy(plain_attention(dict(zip(params, x)), a), fc.labels(a, p))[0]
     for rows in (1024, 7):
         monkeypatch.setattr(fc, "row_bytes", lambda params: fc.WHOLE_BYTES / rows)
