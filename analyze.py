@@ -195,7 +195,7 @@ def print_neurons(run, count=3):
 def print_heads(run, lines=20, count=2):
     """The strongest live heads, a line each; some as S_h, a row a query, beside its spectrum."""
     s = fc.head_spectra(run.params)
-    order = np.argsort(-s["size"])[:s["live"].sum()]
+    order, chosen = strongest_heads(s, count)
     print("\n head  size   top three pairs (query, key frequency) and their shares         rank")
     for h in order[:lines]:
         alone = np.diff(s["shares"][h], prepend=0)
@@ -204,13 +204,19 @@ def print_heads(run, lines=20, count=2):
     if len(order) > lines:
         print(f"  .. and {len(order) - lines} more live heads, all in --json")
     centered, power = head_pictures(run)
-    _, first = np.unique(s["top"][order, 0, 1], return_index=True)
-    for h in order[np.sort(first)[:count]]:
+    for h in chosen:
         print(f"\nhead {h}: S_h (rows: query 0 .. p-1, columns: key) | its spectrum (rows: query "
               f"frequency from {-((len(power[h]) - 1) // 2)}, columns: key frequency from 0)")
         low, high = centered[h].min(), centered[h].max()
         for row, spectrum in zip(centered[h], power[h]):
             print(f"  {bars(row, low, high)} | {bars(spectrum, 0, power[h].max())} |")
+
+
+def strongest_heads(s, count):
+    """-> the live heads, largest first; the first count of them that differ in key frequency."""
+    order = np.argsort(-s["size"])[:s["live"].sum()]
+    _, first = np.unique(s["top"][order, 0, 1], return_index=True)
+    return order, order[np.sort(first)[:count]]
 
 
 def head_pictures(run):
@@ -307,9 +313,7 @@ def draw_heads(run, name, directory, count=4):
     s = fc.head_spectra(run.params)
     centered, power = head_pictures(run)
     p = centered.shape[1]
-    order = np.argsort(-s["size"])[:s["live"].sum()]
-    _, first = np.unique(s["top"][order, 0, 1], return_index=True)
-    chosen = order[np.sort(first)[:count]]
+    _, chosen = strongest_heads(s, count)
     figure, axes = plt.subplots(2, len(chosen), figsize=(3.2 * len(chosen), 7), squeeze=False)
     low = -((p - 1) // 2)
     for h, (above, below) in zip(chosen, axes.T):
@@ -333,6 +337,8 @@ def draw_heads(run, name, directory, count=4):
 
 def draw_groups(groups, directory):
     """Figure 4: accuracies over steps, a panel a group, mean and range over its seeds."""
+    if not all(run.history for runs in groups for run in runs):
+        raise fc.BadInput("a run was stopped before its first line of progress: nothing to draw")
     plt = pyplot()
     figure, axes = plt.subplots(2, len(groups), figsize=(3.5 * len(groups), 5.5), squeeze=False)
     for runs, (axis, below) in zip(groups, axes.T):
