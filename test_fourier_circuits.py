@@ -420,7 +420,7 @@ def test_settings_of_attention(k, p):
 
 
 def test_decay_goes_by_the_loss_and_is_less_late(monkeypatch):
-    """At half of log p half of the decay; from the share hold of the steps on late_decay of that."""
+    """At half of log p half of the decay; from the share hold on, late_decay of that."""
     decays = []
     run = small_run(**ATTENTION, hold=0.5, late_decay=0.25, weight_decay=4)
     half = np.float64(math.log(7) / 2)
