@@ -4,6 +4,7 @@
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         only draw its figures (needs matplotlib)
     python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
+                                                    2 layers: one line a configuration; Figure 4
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
                                                     (k = 4, p = 23: 40 seconds)
 """
@@ -35,7 +36,7 @@ def run_main(main):
     except fc.BadInput as error:
         problem = error
     except MemoryError:
-        problem = "out of memory; take a smaller k, p, m or batch"
+        problem = "out of memory; take a smaller k, p, batch or network"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -129,33 +130,48 @@ frequencies; at init {r['embedding_share_at_init']:.3f}
 
 
 def group_runs(runs):
-    """Runs of one configuration but for the seed, together. -> [[run, ..], ..], by k and p."""
+    """Runs of one configuration but for the seed, together. -> [[run, ..], ..], by k and p.
+
+    Raises BadInput where one run is given twice.
+    """
     groups = {}
     for run in sorted(runs, key=lambda run: [run.config[x] for x in ("k", "p", "seed")]):
-        groups.setdefault(json.dumps({**run.config, "seed": None}, sort_keys=True), []).append(run)
+        group = groups.setdefault(json.dumps({**run.config, "seed": None}, sort_keys=True), [])
+        if group and group[-1].config == run.config:
+            raise fc.BadInput("two files hold the same run, {model} k = {k} p = {p} seed {seed}; "
+                              "give one of them".format(**run.config))
+        group.append(run)
     return list(groups.values())
+
+
+def differences(groups):
+    """The settings other than k and p that tell the groups apart, a text for each group."""
+    configs = [runs[0].config for runs in groups]
+    names = [x for x in configs[0] if x not in ("k", "p", "seed")
+             and any(c[x] != configs[0][x] for c in configs)]
+    return [", ".join(f"{x.replace('_', '-')} {c[x]}" for x in names) for c in configs]
 
 
 def print_groups(groups):
     """Mean (smallest .. largest) of the seeds of each group."""
-    def spread(values, form):
+    def spread(values, form, none="-"):
         known = [x for x in values if x is not None]
         if not known:
-            return "never"
+            return none
         some = f", {len(known)} of {len(values)}" if len(known) < len(values) else ""
         return f"{np.mean(known):{form}} ({min(known):{form}}..{max(known):{form}}{some})"
 
-    print(f"  k   p heads  wd     seeds {'99% train at':22s} {'99% test at':22s} "
+    print(f"  k   p seeds  steps  {'99% train at':22s} {'99% test at':22s} "
           f"{'largest gap':18s} {'gap area, steps':20s} last test accuracy")
-    for runs in groups:
+    for runs, apart in zip(groups, differences(groups)):
         c = runs[0].config
         each = [{**fc.grokking(run.history), "last": run.history[-1]["test_accuracy"]
                  if run.history else None} for run in runs]
-        cells = [spread([e[x] for e in each], form) for x, form in (
-            ("steps_to_train", ".0f"), ("steps_to_test", ".0f"), ("largest_gap", ".2f"),
-            ("gap_area", ".0f"), ("last", ".3f"))]
-        print(f"{c['k']:3d} {c['p']:3d} {c['heads']:5d}  {c['weight_decay']:<6g} {len(runs):5d} "
-              "{:22s} {:22s} {:18s} {:20s} {}".format(*cells))
+        cells = [spread([e[x] for e in each], *form) for x, *form in (
+            ("steps_to_train", ".0f", "never"), ("steps_to_test", ".0f", "never"),
+            ("largest_gap", ".2f"), ("gap_area", ".0f"), ("last", ".3f"))]
+        print(f"{c['k']:3d} {c['p']:3d} {len(runs):5d} {min(run.step for run in runs):6d}  "
+              "{:22s} {:22s} {:18s} {:20s} {:21s} {}".format(*cells, apart).rstrip())
 
 
 def print_table(reports):
@@ -341,7 +357,7 @@ def draw_groups(groups, directory):
         raise fc.BadInput("a run was stopped before its first line of progress: nothing to draw")
     plt = pyplot()
     figure, axes = plt.subplots(2, len(groups), figsize=(3.5 * len(groups), 5.5), squeeze=False)
-    for runs, (axis, below) in zip(groups, axes.T):
+    for runs, apart, (axis, below) in zip(groups, differences(groups), axes.T):
         lines = list(zip(*(run.history for run in runs)))  # up to the shortest run
         steps = [line[0]["step"] for line in lines]
         for panel, key in ((axis, "train_accuracy"), (axis, "test_accuracy"),
@@ -351,7 +367,8 @@ def draw_groups(groups, directory):
             panel.fill_between(steps, y.min(axis=1), y.max(axis=1), alpha=0.3, lw=0,
                                color=drawn.get_color())
         c = runs[0].config
-        axis.set(title=f"k = {c['k']}, p = {c['p']}, {len(runs)} seeds", ylim=(-0.02, 1.02))
+        axis.set_title(f"k = {c['k']}, p = {c['p']}, {len(runs)} seeds\n{apart}".rstrip())
+        axis.set_ylim(-0.02, 1.02)
         below.set(xlabel="step", ylim=(-0.02, 1.02))
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("embedding's power in\nthe top tenth of frequencies")
@@ -374,7 +391,8 @@ def draw(run, name, directory):
             if run.history and run.history[0].get(key) is not None:
                 axis.plot(steps, [line[key] for line in run.history], label=key.replace("_", " "))
         axis.set_xlabel("step")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     axes[0].set_yscale("log")
     save_figure(figure, directory, f"{name}-training.png")
 
@@ -421,18 +439,21 @@ def main(argv):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN.npz", help="run files of train.py")
     add("--json", action="store_true", help="print the report as JSON, nothing else")
-    add("--figures", metavar="DIR", help="draw PNG files into DIR; no report but with --json")
+    add("--figures", metavar="DIR",
+        help="draw PNG files into DIR; a single run's report is printed only with --json")
     add("--theory", action="store_true",
         help="check the max-margin networks of --k and --p on all p^k inputs")
-    add("--k", type=int, default=3, help="default 3")
-    add("--p", type=int, default=23, help="default 23")
+    add("--k", type=int, help="of --theory, default 3")
+    add("--p", type=int, help="of --theory, default 23")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
     args = parser.parse_args(argv)
     if args.theory == bool(args.runs) or args.theory and (args.json or args.figures):
         parser.error("give either run files, with --json or --figures, or --theory alone")
+    if args.runs and (args.k, args.p) != (None, None):
+        parser.error("--k and --p are for --theory; a run has its own")
     fc.use_device(args.device)
     if args.theory:
-        print_theory(args.k, args.p)
+        print_theory(3 if args.k is None else args.k, 23 if args.p is None else args.p)
         return 0
     if args.figures:
         pyplot()  # say so now if it is missing
@@ -443,14 +464,11 @@ def main(argv):
             return 0
     groups = group_runs(runs) if len(runs) > 1 and all(
         run.config.get("layers", 1) > 1 for run in runs) else []
-    if groups and not args.json:
-        print_groups(groups)
-        if args.figures:
-            draw_groups(groups, args.figures)
-        return 0
-    reports = [fc.report(run) for run in runs]
+    reports = [fc.report(run) for run in runs] if args.json or not groups else []
     if args.json:
         print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2))
+    elif groups:
+        print_groups(groups)
     elif len(runs) > 1:
         print_table(reports)
     else:

@@ -433,7 +433,7 @@ def attention(params, a, buf=None):  # [n, k] -> [n, p]
 
 # ------------------------------------------------------------------------------------------------
 # Transformers of several layers (Figure 4), after Power et al. 2022. Blocks, with a causal mask:
-# x += attention(norm(x)), x += relu(norm(x) W_1) W_2. Logits at the last position.
+# x += attention(layernorm(x)), x += relu(layernorm(x) W_1) W_2. Logits at the last position.
 #
 #     E [p, d]   token embedding                     W_Q, W_K, W_V [d, H, e]   of layer 1: "W_Q 1"
 #     P [k, d]   position embedding                  W_O [H, e, d]
@@ -462,8 +462,9 @@ def init_transformer(k, p, layers, heads, d_head, d_model, d_ff, std, rng, dtype
 def prefixes(a, p):  # [n, k] -> paths, keys: a list of k arrays [n_j, j] each, j = 1 .. k
     """The different beginnings of each length j: their paths and their keys.
 
-    A path holds the rows of a_1, a_1 a_2, .. a_1 .. a_j; keys are (i-1) p + a_i, the rows of layer
-    1's table. The inputs themselves, the last n rows, are kept as they come, repeats and all.
+    States are stacked in rows, all beginnings of length 1, then of length 2, ..: a path holds the
+    rows of a_1, a_1 a_2, .. a_1 .. a_j. keys are (i-1) p + a_i, the rows of layer 1's table. The
+    inputs themselves, the last n rows, are kept as they come, repeats and all.
     """
     x, numbers, paths, keys = 0, [], [], []
     for token in a.T:
@@ -481,7 +482,8 @@ def prefixes(a, p):  # [n, k] -> paths, keys: a list of k arrays [n_j, j] each, 
 def gather(x, path):  # [R, d], [n, j] -> [n, j, d]
     """x[path]; backward adds by one-hot products, in a fixed order.
 
-    The rows of a column are of one position, next to each other; the last column counts up.
+    Column i of path lies in one range of x's rows, the beginnings of length i + 1, each column in
+    its own, so each range is set once; the last column counts up.
     """
     def backward(dy):
         dx = xp.zeros_like(x)
@@ -495,7 +497,7 @@ def gather(x, path):  # [R, d], [n, j] -> [n, j, d]
 
 
 def layernorm(x, eps=1e-5):  # [n, d] -> [n, d]
-    """Mean 0 and variance 1; the gain is in the weights that read it."""
+    """Mean 0 and variance 1, without gain or bias: the weights that read it can hold a gain."""
     z = x - x.mean(axis=1, keepdims=True)
     r = 1 / xp.sqrt((z * z).mean(axis=1, keepdims=True) + eps)
     z *= r
@@ -522,6 +524,7 @@ def residual(x, layer):  # [R, d] -> [n, d]
 
 
 def feed_forward(x, w1, w2):  # [n, d], [d, f], [f, d] -> [n, d]
+    """relu(x W_1) W_2."""
     h, relu_backward = relu(x @ w1, None)
 
     def backward(dy):
@@ -536,7 +539,7 @@ def first_attention(table, weights, keys, p, buf):  # [k p, d], .., [n_j, j] eac
     z, norm_backward = layernorm(table)
     s, ov, circuits_backward = circuits(z, weights)
     own = xp.concatenate([key[:, -1] for key in keys])
-    ends = [p * key.shape[1] for key in keys]
+    ends = [p * key.shape[1] for key in keys]  # position j: queries (j-1)p .. jp see 0 .. jp
     parts = [attend(s[:, end - p:end, :end], ov[:, :end], 0, key, key[:, -1] - (end - p), buf)
              for end, key in zip(ends, keys)]
 
@@ -622,21 +625,19 @@ def transformer(params, a, buf=None):  # [n, k] -> [n, p]
     (p, d), k, layers = e.shape, len(place), sum(name[:3] == "W_1" for name in params)
     paths, keys = prefixes(a, p)
     x, tape = (place[:, None] + e).reshape(k * p, d), []
+    feed_layer = lambda x, w, l: residual(x, lambda z: feed_forward(z, *w))
 
-    def run(layer, names, l):
-        names = [f"{name} {l}" for name in names]
-        y, backward = layer([params[name] for name in names])  # now, while x is its input
-        tape.append((names, backward))
-        return y
-
-    for l in range(1, layers + 1):
+    def attend_layer(x, w, l):
         last = slice(-1 if l == layers else None, None)  # the last layer asks only at the end
         if l == 1:
-            layer = lambda w: first_attention(x, w, keys[last], p, buf or Buffers())
-        else:
-            layer = lambda w: residual(x, lambda z: attend_paths(z, w, paths[last]))
-        x = run(layer, ATTENTION, l)
-        x = run(lambda w: residual(x, lambda z: feed_forward(z, *w)), FORWARD, l)
+            return first_attention(x, w, keys[last], p, buf or Buffers())
+        return residual(x, lambda z: attend_paths(z, w, paths[last]))
+
+    for l in range(1, layers + 1):
+        for layer, names in ((attend_layer, ATTENTION), (feed_layer, FORWARD)):
+            names = [f"{name} {l}" for name in names]
+            x, backward = layer(x, [params[name] for name in names], l)
+            tape.append((names, backward))
     z, norm_backward = layernorm(x)
 
     def backward(dlogits):
@@ -671,12 +672,15 @@ def row_bytes(params):
     return params["w"][:, 0].nbytes if "w" in params else WHOLE_BYTES / 1024
 
 
+def pieces(params, rows, width=1):
+    """Slices of rows of inputs, or (width = p) of prefixes, which stand for p inputs each."""
+    return blocks(rows, width * row_bytes(params), WHOLE_BYTES if width == 1 else 8 * BLOCK_BYTES)
+
+
 def logit_blocks(params, k, p, activation="power"):
     """The network on all of D_p in the order of all_inputs: yields (slice of inputs, logits)."""
-    buf, size, width, limit = Buffers(), row_bytes(params), 1, WHOLE_BYTES
-    if "u" in params:  # prefixes do
-        size, width, limit = p * size, p, 8 * BLOCK_BYTES
-    for rows in blocks(p**k // width, size, limit):
+    buf, width = Buffers(), p if "u" in params else 1  # prefixes do for the MLP
+    for rows in pieces(params, p**k // width, width):
         a = digits(xp.arange(rows.start, rows.stop), k - (width > 1), p)
         yield (slice(rows.start * width, rows.stop * width),
                network(params, a, activation, buf)[0])
@@ -684,12 +688,10 @@ def logit_blocks(params, k, p, activation="power"):
 
 def loss_and_gradients(params, a, activation="power", buf=None):
     """Mean cross-entropy over inputs or prefixes a (see mlp), its gradients; in blocks of rows."""
-    buf, size, width, limit = buf or Buffers(), row_bytes(params), 1, WHOLE_BYTES
-    if "u" in params and a.shape[1] < len(params["u"]):  # prefixes
-        width = params["u"].shape[1]
-        size, limit = width * size, 8 * BLOCK_BYTES
-    loss, grads = 0, None
-    for rows in blocks(len(a), size, limit):
+    buf, loss, grads = buf or Buffers(), 0, None
+    prefix = "u" in params and a.shape[1] < len(params["u"])
+    width = params["u"].shape[1] if prefix else 1
+    for rows in pieces(params, len(a), width):
         logits, backward = network(params, a[rows], activation, buf)
         p = logits.shape[1]
         y = labels(a[rows], p)
@@ -718,12 +720,6 @@ def neuron_norms(params):
     """||theta_i||_2 over the (k+1) p numbers of each neuron, [m]."""
     u, w = params["u"], params["w"]
     return xp.sqrt(xp.einsum("kpm,kpm->m", u, u) + xp.einsum("mp,mp->m", w, w))
-
-
-def scale_neurons(params, c):
-    """Multiply all numbers of neuron i by c[i], in place."""
-    params["u"] *= c
-    params["w"] *= c[:, None]
 
 
 def degree(k, activation="power"):
@@ -849,7 +845,7 @@ def sample_inputs(index, k, p, rng, most=2**17):
 def accuracy(params, a, activation="power"):
     """Mean cross-entropy and accuracy on inputs a [n, k]."""
     loss, right, buf = 0.0, 0, Buffers()
-    for rows in blocks(len(a), row_bytes(params), WHOLE_BYTES):
+    for rows in pieces(params, len(a)):
         logits, _ = network(params, a[rows], activation, buf)
         y = labels(a[rows], logits.shape[1])
         loss += float(cross_entropy(logits, y)[0]) * len(y)
@@ -1020,7 +1016,7 @@ def embedding_spectrum(params):  # -> [p // 2], on the host
 
 
 def top_share(spectrum):
-    """The share of its top tenth of frequencies, rounded up to at least one."""
+    """The power in the strongest tenth of the frequencies, their number rounded up."""
     return float(np.sort(spectrum)[-math.ceil(len(spectrum) / 10):].sum())
 
 
@@ -1198,9 +1194,8 @@ def theory_check(params):
         weight = q[(xp.arange(p) - y[:, None]) % p]  # of each wrong class
         for name, d in backward((onehot[y] - weight) / p**k).items():
             dual[name] += d
-    size = neuron_norms(params)
-    scaled = {name: x.copy() for name, x in params.items()}
-    scale_neurons(scaled, (k + 1) * gamma * size ** (k - 1))
+    c = (k + 1) * gamma * neuron_norms(params) ** (k - 1)
+    scaled = {"u": c * params["u"], "w": c[:, None] * params["w"]}
     residual = max(float(xp.abs(dual[name] - scaled[name]).max()) for name in dual)
     s = diagonal_dft(params)[1:]
     rows = [("norm ||theta||_{2,k+1}", norm(params), 1, 1),
@@ -1373,7 +1368,7 @@ def complete_mlp(config, given):
         config["penalty_power"] = nu
     if config["alone"] > config["equal"]:
         raise BadInput(f"alone {config['alone']} must not exceed equal {config['equal']}; "
-                       f"give --alone too")
+                       "lower --alone or raise --equal")
     if config["alone"] and config["activation"] != "power":
         raise BadInput("alone must be 0 for ReLU: the interaction is that of the power activation")
     if config["max_margin"] and config["activation"] != "power":
@@ -1381,11 +1376,11 @@ def complete_mlp(config, given):
 
 
 def complete_transformer(config, given):
-    """complete's settings of one layer, by k and the share of collisions, in place; its size.
+    """Settings of one layer, by k and the share of collisions, in place; the size of any number.
 
-    It needs a small start and the noise of a small batch, the more so the smaller k is: only then
-    do its collisions generalize. Late decay keeps heads clean and collisions unlearned: the more of
-    these there are, the less of it.
+    One layer needs a small start and the noise of a small batch, the more so the smaller k is: only
+    then do its collisions generalize. Late decay keeps heads clean and collisions unlearned: the
+    more of these there are, the less of it.
     """
     k, p, heads, d = (config[name] for name in ("k", "p", "heads", "d_model"))
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
@@ -1396,7 +1391,8 @@ def complete_transformer(config, given):
             config[name] = value
     tokens = p if config["layers"] == 1 else k * p
     weights = config["layers"] * d * (4 * heads * config["d_head"] + 2 * config.get("d_ff", 0))
-    if 16 * (weights + heads * tokens * (tokens + max(d, p))) > MAX_BYTES:
+    states = 1024 * heads * d * (config["layers"] - 1)  # what attend_rows keeps of a block
+    if 16 * (weights + states + heads * tokens * (tokens + max(d, p))) > MAX_BYTES:
         raise BadInput("too large: the weights and the attention matrices of all heads exceed "
                        f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
 
@@ -1533,7 +1529,8 @@ def head_measures(params):
 def report(run):
     """What the network is and does, as a dict ready for JSON.
 
-    Measured on all of D_p, but for the two ablated networks on at most 2^17 random inputs.
+    Measured on all of D_p, but for the two ablated networks on at most 2^17 random inputs and for
+    grokking, which reads the history.
     """
     c, params = run.config, run.params
     k, p = c["k"], c["p"]
@@ -1678,14 +1675,14 @@ def load_run(path):
         if (not 0 <= step <= config["steps"]
                 or arrays["train"].shape != (-(-p**k // 8),) or before.shape != shape
                 or dtypes != {before.dtype, arrays["meta"].dtype, np.dtype("u1")}
-                or before.dtype != config["dtype"]
-                or not all(isinstance(line, dict) for line in meta["history"])):
+                or before.dtype != config["dtype"]):
             raise ValueError
+        grokking(meta["history"]), round(meta["seconds"])  # which read them all
         groups = [{name: xp.asarray(arrays[f"{group} {name}"].reshape(x.shape))
                    for name, x in like.items()} for group in ("params", "first", "second")]
         train = np.unpackbits(arrays["train"], count=p**k).astype(bool)
         rng = np.random.default_rng()
         rng.bit_generator.state = meta["rng"]
         return Run(config, *groups, train, rng, before, step, meta["seconds"], meta["history"])
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         raise BadInput(f"{path} is damaged: its parts do not fit together") from None

@@ -1132,15 +1132,23 @@ def test_runs_of_several_layers_are_grouped_by_all_but_the_seed(tmp_path, monkey
     runs = ["3-0.npz", "2-1.npz", "2-0.npz"]
     assert analyze.main(runs) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert "99% train at" in head and [line.split()[:5] for line in lines] == [
-        ["2", "7", "4", "2", "2"], ["3", "7", "4", "2", "1"]]
+    assert "99% train at" in head and [line.split()[:4] for line in lines] == [
+        ["2", "7", "2", "40"], ["3", "7", "1", "40"]]
+    fc.save_run("stopped.npz", advance(small_run(**{**DEEP, "k": 3, "lr": 0.01, "steps": 50}), 20))
+    assert analyze.main(["3-0.npz", "stopped.npz"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[1].split()[3] == "20" and [line.split("  ")[-1].strip() for line in lines] == [
+        "steps 40, lr 0.001", "steps 50, lr 0.01"]
+    with pytest.raises(fc.BadInput, match="same run"):
+        analyze.main([*runs, "2-1.npz"])
+    assert "for --theory" in refused(capsys, monkeypatch, analyze, "3-0.npz", "--k", 3)
     assert analyze.main([runs[0]]) == 0 and "99% of test" in capsys.readouterr().out
     assert analyze.main([*runs, "--json"]) == 0
     assert [r["k"] for r in json.loads(capsys.readouterr().out)] == [3, 2, 2]
     if importlib.util.find_spec("matplotlib"):
         assert analyze.main([*runs, "--figures", "drawn"]) == 0
         assert os.listdir("drawn") == ["grokking.png"]
-    fc.save_run("new.npz", small_run(**DEEP))  # stopped before its first line of history
+    fc.save_run("new.npz", small_run(**DEEP, seed=1))  # stopped before its first line of history
     assert analyze.main(["new.npz", "3-0.npz"]) == 0 and "never" in capsys.readouterr().out
     monkeypatch.setattr(analyze, "pyplot", lambda: None)
     with pytest.raises(fc.BadInput, match="first line"):
@@ -1186,6 +1194,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--model transformer --d-ff 8",
     "--model transformer --layers 0", "--model transformer --layers 2 --d-ff 0",
     "--model transformer --layers 100 --d-model 100000",
+    "--model transformer --layers 2 --p 5 --heads 2000 --d-head 1",
     "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
 def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):
@@ -1237,7 +1246,9 @@ def test_broken_files(tmp_path, capsys, monkeypatch):
     meta = json.loads(str(arrays["meta"]))
     other = {**meta["config"], "p": 13}
     for change in ({"version": fc.VERSION + 1}, {"version": "new"}, {"config": {}}, {"config": 3},
-                   {"step": "x"}, {"rng": {}}, {"history": 3}, {"config": other}):
+                   {"step": "x"}, {"rng": {}}, {"history": 3},
+                   {"rng": {**meta["rng"], "state": {"state": -1, "inc": 1}}},
+                   {"history": [{"step": 1}]}, {"seconds": None}, {"config": other}):
         np.savez(bad, **{**arrays, "meta": np.array(json.dumps({**meta, **change}))})
         line = refused(capsys, monkeypatch, analyze, bad)
         assert ("newer version" in line) == ("version" in change)

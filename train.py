@@ -6,6 +6,7 @@
     python train.py --model transformer             one layer of attention, k = 3, p = 31: 2 minutes
     python train.py --figure 3                      Figures 3, 9, 10, attention: 3 to 5 minutes
     python train.py --model transformer --layers 2 --k 2 --p 97     grokking, 1 to 2 minutes
+    python train.py --figure 4 --k 3                its published size, 20 minutes
     python train.py --k 3 --p 23 --benchmark        milliseconds a step
     python train.py --resume FILE                   go on where a stopped run was saved
 """
@@ -26,7 +27,7 @@ import fourier_circuits as fc
 from analyze import Parser, print_report, run_main
 
 
-# The published sizes. The widths are the default's; 2, 6 and 8 show the runs of 1, 5 and 7 again.
+# The published sizes, the MLP's widths by default; 2, 6 and 8 show the runs of 1, 5, 7 again.
 FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23, "steps": 4000}}
 FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
 FIGURES |= {figure: {"model": "transformer", "k": k, "p": p}
@@ -51,8 +52,8 @@ def parse(argv):
     add("--model", choices=("mlp", "transformer"), help="default mlp, that of Eq. 2")
     add("--k", type=int, help=f"numbers to add ({default('k')})")
     add("--p", type=int, help=f"modulus ({default('p')})")
-    add("--figure", type=int, choices=sorted(FIGURES), help="the model, k and p of that figure; "
-        "other flags override")
+    add("--figure", type=int, choices=sorted(FIGURES), help="the published settings of "
+        "that figure; other flags override")
     add("--train-fraction", type=float, help=f"share of D_p ({default('train_fraction')})")
     add("--steps", type=int, help=f"{default('steps')}; transformer 3000 k, 2 layers "
         f"{fc.DEFAULTS['deep']['steps']}")
@@ -62,7 +63,8 @@ def parse(argv):
         f"transformer {rules[1]['lr']}, 2 layers {fc.DEFAULTS['deep']['lr']})")
     add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m; "
         f"transformer {rules[1]['weight_decay']}, 2 layers {fc.DEFAULTS['deep']['weight_decay']})")
-    add("--init-std", type=float, help="of the initial weights (default: set from the sizes)")
+    add("--init-std", type=float, help="of the initial weights, the transformer's in units of "
+        "1/sqrt(fan-in) (default: set from the sizes)")
     add("--seed", type=int, help=default("seed"))
     add("--dtype", choices=("float32", "float64"), help=default("dtype"))
     group = parser.add_argument_group("of the MLP").add_argument
