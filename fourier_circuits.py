@@ -667,14 +667,13 @@ def network(params, a, activation="power", buf=None):
     return (attention if "b" in params else transformer)(params, a, buf)
 
 
-def row_bytes(params):
-    """What an input takes in the widest layer; transformers are given 1024 inputs a block."""
-    return params["w"][:, 0].nbytes if "w" in params else WHOLE_BYTES / 1024
-
-
 def pieces(params, rows, width=1):
-    """Slices of rows of inputs, or (width = p) of prefixes, which stand for p inputs each."""
-    return blocks(rows, width * row_bytes(params), WHOLE_BYTES if width == 1 else 8 * BLOCK_BYTES)
+    """Slices of rows of inputs, or (width = p) of prefixes, which stand for p inputs each.
+
+    By what an input takes in the MLP's widest layer; a transformer is given 1024 inputs a slice.
+    """
+    size = params["w"][:, 0].nbytes if "w" in params else WHOLE_BYTES / 1024
+    return blocks(rows, width * size, WHOLE_BYTES if width == 1 else 8 * BLOCK_BYTES)
 
 
 def logit_blocks(params, k, p, activation="power"):

@@ -567,7 +567,7 @@ def test_attention_gradient(k, p, grid, monkeypatch):
     a = fc.all_inputs(k, p) if grid else a
     f = lambda *x: fc.cross_entropy(plain_attention(dict(zip(params, x)), a), fc.labels(a, p))[0]
     for rows in (1024, 7):
-        monkeypatch.setattr(fc, "row_bytes", lambda params: fc.WHOLE_BYTES / rows)
+        monkeypatch.setattr(fc, "pieces", lambda params, n, width: fc.blocks(n, 1, rows))
         loss, grads = fc.loss_and_gradients(params, a)
         assert loss == pytest.approx(f(*params.values()), rel=1e-12)
         check_gradient(f, [grads[name] for name in params], list(params.values()))
