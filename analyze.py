@@ -367,7 +367,7 @@ def draw_groups(groups, directory):
             panel.fill_between(steps, y.min(axis=1), y.max(axis=1), alpha=0.3, lw=0,
                                color=drawn.get_color())
         c = runs[0].config
-        axis.set_title(f"k = {c['k']}, p = {c['p']}, {len(runs)} seeds\n{apart}".rstrip())
+        axis.set_title(f"k = {c['k']}, p = {c['p']}, seeds: {len(runs)}\n{apart}".rstrip())
         axis.set_ylim(-0.02, 1.02)
         below.set(xlabel="step", ylim=(-0.02, 1.02))
     axes[0, 0].set_ylabel("accuracy")
