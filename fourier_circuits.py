@@ -1345,7 +1345,10 @@ def complete(config):
     given, config = config, {**rule, **config}
     k, p = config["k"], config["p"]
     check_size(k, p)
-    (complete_mlp if model == "mlp" else complete_transformer)(config, given)
+    if model == "mlp":
+        complete_mlp(config, given)
+    else:
+        complete_transformer(config)
     for name, (low, high) in RANGES.items():
         if name in config and not low <= config[name] <= high:
             raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
@@ -1374,7 +1377,7 @@ def complete_mlp(config, given):
         raise BadInput("max-margin is for the power activation, the one with a known gamma*")
 
 
-def complete_transformer(config, given):
+def complete_transformer(config):
     """Settings of one layer, by k and the share of collisions, in place; the size of any number.
 
     One layer needs a small start and the noise of a small batch, the more so the smaller k is: only
@@ -1392,8 +1395,8 @@ def complete_transformer(config, given):
     weights = config["layers"] * d * (4 * heads * config["d_head"] + 2 * config.get("d_ff", 0))
     states = 1024 * heads * d * (config["layers"] - 1)  # what attend_rows keeps of a block
     if 16 * (weights + states + heads * tokens * (tokens + max(d, p))) > MAX_BYTES:
-        raise BadInput("too large: the weights and the attention matrices of all heads exceed "
-                       f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
+        raise BadInput("too large: the weights, states and attention matrices of all heads "
+                       f"exceed {MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
 
 
 def initial(config, rng):
@@ -1676,7 +1679,8 @@ def load_run(path):
                 or dtypes != {before.dtype, arrays["meta"].dtype, np.dtype("u1")}
                 or before.dtype != config["dtype"]):
             raise ValueError
-        grokking(meta["history"]), round(meta["seconds"])  # which read them all
+        grokking(meta["history"])  # these two read what the reports will read
+        round(meta["seconds"])
         groups = [{name: xp.asarray(arrays[f"{group} {name}"].reshape(x.shape))
                    for name, x in like.items()} for group in ("params", "first", "second")]
         train = np.unpackbits(arrays["train"], count=p**k).astype(bool)

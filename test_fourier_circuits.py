@@ -317,7 +317,12 @@ def test_max_margin_function_written_out():
 
 
 def test_theory_check_sees_a_wrong_network():
-    """A phase off by 1e-6 in one neuron: the checks are no formality."""
+    """One vector a step off, or its phase off by 1e-6: the checks are no formality."""
+    params = fc.rotated_network(3, 7)
+    params["u"][0, :, 0] = np.roll(params["u"][0, :, 0], 1)
+    errors = {what: error for what, _, _, error in fc.theory_check(params)}
+    assert min(errors[what] for what in errors if "inputs" in what or "Lemma" in what
+               or "dual" in what or "wrong" in what) > 1e-3
     params = fc.rotated_network(3, 7)
     x = np.fft.rfft(params["u"][0, :, 0])
     params["u"][0, :, 0] = np.fft.irfft(x * np.exp(1e-6j), 7)
@@ -1432,7 +1437,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     "--model transformer --d-ff 8",
     "--model transformer --layers 0", "--model transformer --layers 2 --d-ff 0",
     "--model transformer --layers 100 --d-model 100000",
-    "--model transformer --layers 2 --p 5 --heads 2000 --d-head 1",
+    "--model transformer --layers 2 --p 5 --heads 2000 --d-head 1 --steps 1 --batch 1",
     "--device tpu", "--dtype float16", "--nonsense", "--k 12 --p 2 --m 100000000",
     "--resume missing.npz", "--out missing/run.npz", "--out .", "--out /dev/null"])
 def test_bad_flags_of_train(argv, tmp_path, capsys, monkeypatch):
