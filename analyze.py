@@ -2,11 +2,11 @@
 
     python analyze.py RUN.npz                       report, neurons and Lemma F.2, or heads
     python analyze.py RUN.npz --json                the report as JSON
-    python analyze.py RUN.npz --figures DIR         only draw its figures (needs matplotlib)
+    python analyze.py RUN.npz --figures DIR         only draw its figure (needs matplotlib)
     python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
                                                     2 layers: one line a configuration; Figure 4
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
-                                                    (k = 4, p = 23: 40 seconds)
+                                                    (k = 4, p = 23: half a minute)
 """
 
 import argparse
@@ -48,11 +48,164 @@ def run_main(main):
 
 
 # ------------------------------------------------------------------------------------------------
+# The report: what a trained network is and does
+
+
+def report(run):
+    """All that is printed of a run, as a dict ready for JSON.
+
+    Measured on all of D_p, but for the two ablated networks on at most 2^17 random inputs and for
+    grokking, which reads the history.
+    """
+    config = run.config
+    k, p = config["k"], config["p"]
+    whole = fc.evaluate(fc.network_pieces(config, run.params))
+    measures = fc.model_of(config)[2](run.params)
+    sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
+    about = (report_neurons if config["model"] == "mlp" else report_heads if config["layers"] == 1
+             else report_embedding)
+    sizes = ("model", "k", "p", "m", "activation", "layers", "heads", "d_head", "d_model", "d_ff",
+             "train_fraction", "seed")
+    return {**{name: config[name] for name in sizes if name in config},
+            "steps": run.step, "seconds": round(run.seconds, 2),
+            "train_accuracy": mean(whole["right"], run.train),
+            "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
+            **measures["summary"], **about(run, whole, measures, sample)}
+
+
+def mean(x, part):
+    return float(x[part].mean()) if part.any() else None
+
+
+def histogram(frequencies, p):  # how often each of 1 .. p // 2 is there
+    return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
+
+
+def report_neurons(run, whole, measures, sample):
+    """report's part on the MLP; margins are normalized."""
+    params, activation, live = run.params, run.config["activation"], measures["live"]
+    k, p, _ = params["u"].shape
+    nu = fc.degree(k, activation)
+    size = fc.norm(params, nu) ** nu or 1
+    kept, rest = (fc.evaluate(fc.mlp_pieces(part, sample, activation))["accuracy"]
+                  for part in fc.ablate(params))
+    theory = dict.fromkeys(("max_margin", "margin_ratio", "margin_bound_ratio", "efficiency"))
+    if activation == "power":
+        gamma = fc.max_margin(k, p)
+        theory = {"max_margin": gamma, "margin_ratio": whole["margin"] / size / gamma,
+                  "margin_bound_ratio": fc.margin_bound(params) / size / gamma,
+                  "efficiency": float(fc.to_host(fc.efficiency(params))[live].mean())}
+    return {
+        "live_neurons": int(live.sum()),
+        "max_normalized_power_at_init": float(run.power_at_init.mean()),
+        "max_normalized_power_expected": fc.expected_max_power(p),
+        "phase_error": float(measures["phase_error"][live].mean()),
+        "frequency_histogram": histogram(measures["frequency"][live], p),
+        "margin": whole["margin"] / size, **theory,
+        "restricted_accuracy": kept, "excluded_accuracy": rest}
+
+
+def report_heads(run, whole, measures, sample):
+    """report's part on attention. Shares are medians over live heads, at init over all.
+
+    fresh_accuracy is on held-out orbits, distinct_accuracy and collision_accuracy on those of them
+    where a_1 .. a_{k-1} are all different or not.
+    """
+    k, p, live, shares = run.config["k"], run.config["p"], measures["live"], measures["shares"]
+    right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
+    pieces = [sample[rows] for rows in fc.slices(len(sample), 1, 1024)]
+    kept, rest = (fc.evaluate((a, logits(a)) for a in pieces)["accuracy"]
+                  for logits in fc.ablate_heads(run.params))
+    after, before = (np.median(x, axis=0).tolist() for x in (shares[live], run.power_at_init))
+    return {
+        "fresh_accuracy": mean(right, test), "distinct_accuracy": mean(right, test & ~equal),
+        "collision_accuracy": mean(right, test & equal),
+        "top_shares": after, "top_shares_at_init": before, "top_two_share_at_init": before[1],
+        "top_two_share_deciles": np.quantile(shares[live, 1], (0.1, 0.5, 0.9)).tolist(),
+        "rank": float(np.median(measures["rank"][live])),
+        "frequency_histogram": histogram(measures["top"][live, 0, 1], p),
+        "restricted_accuracy": kept, "excluded_accuracy": rest,
+        "each_head": [{"live": bool(on), "top": top.tolist(), "shares": share.tolist(),
+                       "shares_at_init": first.tolist(), "rank": int(rank)}
+                      for on, top, share, first, rank in zip(
+                          live, measures["top"], shares, run.power_at_init, measures["rank"])]}
+
+
+def report_embedding(run, whole, measures, sample):
+    """report's part on a transformer of several layers: its grokking, its embedding's spectrum."""
+    tenth = -(-len(measures["shares"]) // 10)
+    return {**grokking(run.history), "tenth": tenth,
+            "embedding_share_at_init": float(np.sort(run.power_at_init)[-tenth:].sum()),
+            "embedding_spectrum": measures["shares"].tolist()}
+
+
+def grokking(history, level=0.99):
+    """Of the lines of a history: when accuracy on each part first reached level (None: never), the
+    largest train-test gap, and the gap's area in steps (Figure 4).
+    """
+    gap = [max(0, line["train_accuracy"] - line["test_accuracy"]) for line in history
+           if line["test_accuracy"] is not None]
+    reached = lambda part: next((line["step"] for line in history
+                                 if (line[f"{part}_accuracy"] or 0) >= level), None)
+    width = np.diff([0] + [line["step"] for line in history])
+    return {"steps_to_train": reached("train"), "steps_to_test": reached("test"),
+            "largest_gap": max(gap, default=None),
+            "gap_area": float(np.dot(gap, width)) if gap else None}
+
+
+# ------------------------------------------------------------------------------------------------
 # Text
 
+NEURONS = """
+{k} numbers modulo {p}, {m} neurons, {activation} activation, seed {seed}
+  accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
+  live neurons         {live_neurons} of {m}
+  single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power)
+  max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}, \
+expected at random {max_normalized_power_expected:.4f}
+  phase error          {phase_error:.4f} mean |theta_1 + .. + theta_k - theta_w|
+  normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*; by the weights at most \
+{margin_bound_ratio:.4f}
+  efficiency           {efficiency:.4f} a neuron, its class-weighted margin over gamma*
+  restricted accuracy  {restricted_accuracy:.2%} keeping only each neuron's own frequency
+  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
+  frequencies          {frequencies_used} of {frequencies_total} used; live neurons of each:"""
+ATTENTION = """
+{k} numbers modulo {p}, {heads} heads of {d_head}, d_model {d_model}, seed {seed}
+  accuracy             train {train_accuracy:.2%}, held-out orbits {fresh_accuracy:.2%}
+  of the held-out      keys distinct {distinct_accuracy:.2%}, collisions {collision_accuracy:.2%}
+  live heads           {live_heads} of {heads}
+  share of a head's 2-D spectrum, median over live heads:
+    top 1, 2, 3 pairs  {top_shares}; at init {top_shares_at_init}
+    top two, deciles   {top_two_share_deciles} (10, 50, 90%)
+  rank of S_h          {rank:.0f} median (singular values above 1% of the largest)
+  restricted accuracy  {restricted_accuracy:.2%} keeping only each head's top two pairs
+  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
+  key frequencies      {frequencies_used} of {frequencies_total} used; live heads of each:"""
+LAYERS = """
+{k} numbers modulo {p}, {layers} layers of {heads} heads of {d_head}, d_model {d_model}, \
+d_ff {d_ff}, seed {seed}
+  accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
+  99% of train         at step {steps_to_train} (-: not reached)
+  99% of test          at step {steps_to_test}
+  train - test gap     largest {largest_gap:.3f}, area {gap_area:.0f} steps
+  embedding's power    {embedding_share:.3f} in the top {tenth} of {frequencies_total} \
+frequencies; at init {embedding_share_at_init:.3f}
+  its spectrum from 1  {bars}|"""
 
-def percent(x):
-    return "-" if x is None else f"{100 * x:.2f}%"
+
+class Missing:
+    """A number that there is not, in any format."""
+
+    def __format__(self, form):
+        return "-"
+
+
+def shown(x):
+    """A number or a list of numbers, for a text's {..}."""
+    if isinstance(x, list):
+        return ", ".join(f"{y:.3f}" for y in x if isinstance(y, float))
+    return Missing() if x is None else x
 
 
 def bars(x, low=None, high=None):
@@ -63,70 +216,14 @@ def bars(x, low=None, high=None):
 
 
 def print_report(r):
-    """Print what fc.report(run) measured."""
-    (print_mlp_report if r["model"] == "mlp" else print_attention_report if r["layers"] == 1
-     else print_deep_report)(r)
+    """Print what report(run) measured."""
+    text = NEURONS if r["model"] == "mlp" else ATTENTION if r["layers"] == 1 else LAYERS
+    print(text.format(**{name: shown(x) for name, x in r.items()}, chance=1 / r["p"],
+                      bars=bars(r.get("embedding_spectrum", [0]), low=0)))
     counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
     print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
-
-
-def print_mlp_report(r):
-    ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f} of gamma*"
-    print(f"""
-{r['k']} numbers modulo {r['p']}, {r['m']} neurons, {r['activation']} activation, seed {r['seed']}
-  accuracy             train {percent(r['train_accuracy'])}, test {percent(r['test_accuracy'])}
-  live neurons         {r['live_neurons']} of {r['m']}
-  single-frequency     {percent(r['single_frequency_fraction'])} of them (> 95% of their power)
-  max normalized power {r['max_normalized_power']:.4f}, \
-at init {r['max_normalized_power_at_init']:.4f}, \
-expected at random {r['max_normalized_power_expected']:.4f}
-  phase error          {r['phase_error']:.4f} mean |theta_1 + .. + theta_k - theta_w|
-  normalized margin    {r['margin']:.6g}, {ratio}
-  restricted accuracy  {percent(r['restricted_accuracy'])} keeping only each neuron's own frequency
-  excluded accuracy    {percent(r['excluded_accuracy'])} keeping only the rest; \
-chance {percent(1 / r['p'])}
-  frequencies          {r['frequencies_used']} of {r['frequencies_total']} used; \
-live neurons of each:""")
-
-
-def print_attention_report(r):
-    shares = lambda name: ", ".join(f"{x:.3f}" for x in r[name])
-    print(f"""
-{r['k']} numbers modulo {r['p']}, {r['heads']} heads of {r['d_head']}, d_model {r['d_model']}, \
-seed {r['seed']}
-  accuracy             train {percent(r['train_accuracy'])}, \
-held-out orbits {percent(r['fresh_accuracy'])}
-  of the held-out      keys distinct {percent(r['distinct_accuracy'])}, \
-collisions {percent(r['collision_accuracy'])}
-  live heads           {r['live_heads']} of {r['heads']}
-  share of a head's 2-D spectrum, median over live heads:
-    top 1, 2, 3 pairs  {shares('top_shares')}; at init {shares('top_shares_at_init')}
-    top two, deciles   {shares('top_two_share_deciles')} (10, 50, 90%)
-  rank of S_h          {r['rank']:.0f} median (singular values above 1% of the largest)
-  restricted accuracy  {percent(r['restricted_accuracy'])} keeping only each head's top two pairs
-  excluded accuracy    {percent(r['excluded_accuracy'])} keeping only the rest; \
-chance {percent(1 / r['p'])}
-  key frequencies      {r['frequencies_used']} of {r['frequencies_total']} used; \
-live heads of each:""")
-
-
-def print_deep_report(r):
-    shown = lambda step: "not reached" if step is None else f"step {step}"
-    tenth = -(-r["frequencies_total"] // 10)
-    gap = "-" if r["gap_area"] is None else (f"largest {r['largest_gap']:.3f}, "
-                                             f"area {r['gap_area']:.0f} steps")
-    print(f"""
-{r['k']} numbers modulo {r['p']}, {r['layers']} layers of {r['heads']} heads of {r['d_head']}, \
-d_model {r['d_model']}, d_ff {r['d_ff']}, seed {r['seed']}
-  accuracy             train {percent(r['train_accuracy'])}, test {percent(r['test_accuracy'])}
-  99% of train         {shown(r['steps_to_train'])}
-  99% of test          {shown(r['steps_to_test'])}
-  train - test gap     {gap}
-  embedding's power    {r['embedding_share']:.3f} in the top {tenth} of {r['frequencies_total']} \
-frequencies; at init {r['embedding_share_at_init']:.3f}
-  its spectrum from 1  {bars(r['embedding_spectrum'], low=0)}|""")
 
 
 def group_runs(runs):
@@ -152,20 +249,22 @@ def differences(groups):
     return [", ".join(f"{x.replace('_', '-')} {c[x]}" for x in names) for c in configs]
 
 
-def print_groups(groups):
-    """Mean (smallest .. largest) of the seeds of each group."""
-    def spread(values, form, none="-"):
-        known = [x for x in values if x is not None]
-        if not known:
-            return none
-        some = f", {len(known)} of {len(values)}" if len(known) < len(values) else ""
-        return f"{np.mean(known):{form}} ({min(known):{form}}..{max(known):{form}}{some})"
+def spread(values, form, none="-"):
+    """Mean (smallest..largest) of the values that are known."""
+    known = [x for x in values if x is not None]
+    if not known:
+        return none
+    some = f", {len(known)} of {len(values)}" if len(known) < len(values) else ""
+    return f"{np.mean(known):{form}} ({min(known):{form}}..{max(known):{form}}{some})"
 
+
+def print_groups(groups):
+    """Grokking, mean and range over the seeds of each group."""
     print(f"  k   p seeds  steps  {'99% train at':22s} {'99% test at':22s} "
           f"{'largest gap':18s} {'gap area, steps':20s} last test accuracy")
     for runs, apart in zip(groups, differences(groups)):
         c = runs[0].config
-        each = [{**fc.grokking(run.history), "last": run.history[-1]["test_accuracy"]
+        each = [{**grokking(run.history), "last": run.history[-1]["test_accuracy"]
                  if run.history else None} for run in runs]
         cells = [spread([e[x] for e in each], *form) for x, *form in (
             ("steps_to_train", ".0f", "never"), ("steps_to_test", ".0f", "never"),
@@ -174,83 +273,75 @@ def print_groups(groups):
               "{:22s} {:22s} {:18s} {:20s} {:21s} {}".format(*cells, apart).rstrip())
 
 
+COLUMNS = {"single_frequency_fraction": "single {:7.2%}", "phase_error": "phase {:.4f}",
+           "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:.4f}",
+           "top_two_share": "top two {:.3f}", "live_heads": "live heads {:3d}",
+           "embedding_share": "embedding {:.3f}"}
+
+
 def print_table(reports):
     """One line a run."""
-    print("  k   p     m  seed   steps  train    test     single   phase   freqs    margin/gamma*"
-          "  (m: neurons or heads)")
+    print("  k   p     m  seed   steps    train     test  (m: neurons or heads)")
     for r in reports:
-        if "top_two_share" in r:
-            end = f"top two {r['top_two_share']:.3f}, {r['live_heads']} live heads"
-        elif "embedding_share" in r:
-            end = f"{r['layers']} layers, embedding {r['embedding_share']:.3f}"
-        else:
-            ratio = "-" if r["margin_ratio"] is None else f"{r['margin_ratio']:.4f}"
-            end = (f"{percent(r['single_frequency_fraction']):8s} {r['phase_error']:.4f}  "
-                   f"{r['frequencies_used']:3d}/{r['frequencies_total']:<3d}  {ratio}")
-        print(f"{r['k']:3d} {r['p']:3d} {r.get('m', r.get('heads')):5d} {r['seed']:5d} "
-              f"{r['steps']:7d}  {percent(r['train_accuracy']):8s} "
-              f"{percent(r['test_accuracy']):8s} {end}")
+        start = "{k:3d} {p:3d} {:5d} {seed:5d} {steps:7d}  {train_accuracy:7.2%} {:>8s}"
+        ends = [text.format(shown(r[name])) for name, text in COLUMNS.items() if name in r]
+        print(start.format(r.get("m", r.get("heads")), f"{shown(r['test_accuracy']):.2%}", **r),
+              *ends, sep="  ")
 
 
 def print_neurons(run, count=3):
     """Some live neurons of different frequencies: weights over 0..p-1 beside their spectra."""
-    s = fc.neuron_spectra(run.params)
-    order = np.argsort(-fc.to_host(fc.neuron_norms(run.params)))[:s["live"].sum()]
-    _, first = np.unique(s["frequency"][order], return_index=True)
+    measures = fc.neuron_spectra(run.params)
+    order = np.argsort(-fc.to_host(fc.neuron_norms(run.params)))[:measures["live"].sum()]
+    _, first = np.unique(measures["frequency"][order], return_index=True)
     vectors = fc.neurons(run.params)
     spectra = fc.to_host(fc.power_spectrum(vectors, axis=1))
     vectors = fc.to_host(vectors)
-    k = len(vectors) - 1
     for i in order[np.sort(first)[:count]]:
-        print(f"\nneuron {i}: frequency {s['frequency'][i]}, {percent(s['concentration'][i])} of "
-              f"its power, phase error {s['phase_error'][i]:.4f}; weights | spectrum from 0")
-        for j, name in enumerate([*(f"u_{j + 1}" for j in range(k)), "w"]):
+        print(f"\nneuron {i}: frequency {measures['frequency'][i]}, "
+              f"{measures['concentration'][i]:.2%} of its power, phase error "
+              f"{measures['phase_error'][i]:.4f}; weights | spectrum from 0")
+        for j, name in enumerate([*(f"u_{j}" for j in range(1, len(vectors))), "w"]):
             print(f"  {name:4s} {bars(vectors[j, :, i])} | {bars(spectra[j, :, i], low=0)}")
 
 
 def print_heads(run, lines=20, count=2):
     """The strongest live heads, a line each; some as S_h, a row a query, beside its spectrum."""
-    s = fc.head_spectra(run.params)
-    order, chosen = strongest_heads(s, count)
+    measures, centred, spectrum, order, chosen = pictures(run, count)
     print("\n head  size   top three pairs (query, key frequency) and their shares         rank")
     for h in order[:lines]:
-        alone = np.diff(s["shares"][h], prepend=0)
-        tops = " ".join(f"({u:3d},{v:3d}) {x:.3f} " for (u, v), x in zip(s["top"][h], alone))
-        print(f" {h:4d} {s['size'][h]:5.3f}   {tops}        {s['rank'][h]:3d}")
+        alone = np.diff(measures["shares"][h], prepend=0)
+        tops = " ".join(f"({u:3d},{v:3d}) {x:.3f} " for (u, v), x in zip(measures["top"][h], alone))
+        print(f" {h:4d} {measures['size'][h]:5.3f}   {tops}        {measures['rank'][h]:3d}")
     if len(order) > lines:
         print(f"  .. and {len(order) - lines} more live heads, all in --json")
-    centered, power = head_pictures(run)
     for h in chosen:
         print(f"\nhead {h}: S_h (rows: query 0 .. p-1, columns: key) | its spectrum (rows: query "
-              f"frequency from {-((len(power[h]) - 1) // 2)}, columns: key frequency from 0)")
-        low, high = centered[h].min(), centered[h].max()
-        for row, spectrum in zip(centered[h], power[h]):
-            print(f"  {bars(row, low, high)} | {bars(spectrum, 0, power[h].max())} |")
+              f"frequency from {-(len(spectrum[h]) // 2)}, columns: key frequency from 0)")
+        low, high = centred[h].min(), centred[h].max()
+        for row, power in zip(centred[h], spectrum[h]):
+            print(f"  {bars(row, low, high)} | {bars(power, 0, spectrum[h].max())} |")
 
 
-def strongest_heads(s, count):
-    """-> the live heads, largest first; the first count of them that differ in key frequency."""
-    order = np.argsort(-s["size"])[:s["live"].sum()]
-    _, first = np.unique(s["top"][order, 0, 1], return_index=True)
-    return order, order[np.sort(first)[:count]]
-
-
-def head_pictures(run):
-    """S_h without row means [H, p, p]; power [H, p, p // 2 + 1], query frequency 0 in the middle.
+def pictures(run, count):
+    """-> head_spectra; S_h without row means and its spectrum, query frequency 0 in the middle; the
+    live heads, largest first; the first count of them that differ in key frequency.
     """
-    centered, power, partner = fc.head_spectrum(fc.head_tables(run.params)[0])
-    p = centered.shape[1]
-    power = power[:, fc.xp.minimum(partner, fc.xp.arange(p * p))]  # the pair's, at both places
-    return fc.to_host(centered), np.roll(fc.to_host(power).reshape(-1, p, p), (p - 1) // 2,
-                                         axis=1)[:, :, :p // 2 + 1]
+    measures, params = fc.head_spectra(run.params), run.params
+    s = fc.circuits(params["E"], [params[name] for name in fc.HEADS])[0]
+    centred, spectrum = map(fc.to_host, fc.head_spectrum(s))
+    order = np.argsort(-measures["size"])[:measures["live"].sum()]
+    _, first = np.unique(measures["top"][order, 0, 1], return_index=True)
+    return (measures, centred, np.fft.fftshift(spectrum, axes=1), order,
+            order[np.sort(first)[:count]])
 
 
 def print_lemma(run):
     """Lemma F.2: S_j = f^(j,..,j,-j) is positive for every j of a max-margin network."""
     k, p, _ = run.params["u"].shape
-    s = fc.to_host(fc.diagonal_dft(run.params))[1:p // 2 + 1].real
-    print(f"\nLemma F.2: f^(j,..,j,-j) > 0 at {(s > 0).sum()} of {len(s)} frequencies; "
-          f"smallest over mean {s.min() / s.mean():.3f}")
+    diagonal = fc.to_host(fc.diagonal_dft(run.params))[1:p // 2 + 1].real
+    print(f"\nLemma F.2: f^(j,..,j,-j) > 0 at {(diagonal > 0).sum()} of {len(diagonal)} "
+          f"frequencies; smallest over mean {diagonal.min() / diagonal.mean():.3f}")
     try:
         f = np.abs(fc.to_host(fc.network_dft(run.params))) ** 2
     except fc.BadInput:
@@ -263,7 +354,12 @@ def print_lemma(run):
 
 
 # ------------------------------------------------------------------------------------------------
-# Figures
+# Figures: one style, two colours
+
+BEFORE, AFTER = "#b8a88a", "#1f5f99"
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
+         "axes.titlesize": 9, "xtick.labelsize": 7, "ytick.labelsize": 7,
+         "legend.frameon": False, "figure.constrained_layout.use": True}
 
 
 def pyplot():
@@ -271,6 +367,7 @@ def pyplot():
     try:
         import matplotlib
         matplotlib.use("Agg")
+        matplotlib.rcParams.update(STYLE)
         return importlib.import_module("matplotlib.pyplot")
     except ImportError:
         raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
@@ -281,136 +378,130 @@ def save_figure(figure, directory, name):
     path = os.path.join(directory, name)
     try:
         os.makedirs(directory, exist_ok=True)
-        figure.savefig(path + ".part", format="png", dpi=80, bbox_inches="tight")
+        figure.savefig(path + ".part", format="png", dpi=150)
         os.replace(path + ".part", path)
     except OSError as error:
         raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
     print(path, file=sys.stderr)
 
 
-def draw_neurons(run, name, directory):
-    """The paper's Figures 1 and 2 for this run."""
-    plt = pyplot()
-    s = fc.neuron_spectra(run.params)
-    vectors = fc.to_host(fc.neurons(run.params))
-    k, p = len(vectors) - 1, vectors.shape[1]
-    names = [*(f"$u_{j + 1}$" for j in range(k)), "$w$"]
-    live = np.flatnonzero(s["live"])
-
-    one = live[np.argmax(s["concentration"][live])]
-    figure, axes = plt.subplots(k + 1, 2, figsize=(10, 1.7 * (k + 1)), squeeze=False)
-    fine = np.linspace(0, p, 20 * p)
-    for x, label, (left, right) in zip(vectors[:, :, one], names, axes):
-        zeta = s["frequency"][one]
-        wave = np.fft.rfft(x)[zeta] / p * (1 if 2 * zeta == p else 2)
-        left.plot(fine, (wave * np.exp(2j * np.pi * zeta * fine / p)).real, lw=0.8)
-        left.plot(x, "o", ms=3)
-        left.set_ylabel(label)
-        right.bar(np.arange(p // 2 + 1), fc.to_host(fc.power_spectrum(fc.xp.asarray(x))))
-    axes[0, 0].set_title(f"neuron {one}: weights, and the cosine of frequency "
-                         f"{s['frequency'][one]}")
-    axes[0, 1].set_title("power spectrum")
-    save_figure(figure, directory, f"{name}-neuron.png")
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-    left.bar(np.arange(1, p // 2 + 1), np.bincount(s["frequency"][live], minlength=p // 2 + 1)[1:])
-    left.set(title="live neurons by frequency", xlabel="frequency")
-    edges = np.linspace(0, 1, 51)
-    right.hist(run.power_at_init.ravel(), edges, alpha=0.7, label="at init", density=True)
-    right.hist(s["max_power"][:, live].ravel(), edges, alpha=0.7, label="trained", density=True)
-    right.set(title="maximum normalized power of $u_1 .. u_k, w$", xlabel="power")
-    right.legend()
-    save_figure(figure, directory, f"{name}-frequencies.png")
+def draw(run, name, directory):
+    """One figure of a run: what its weights were and became, and how it learned."""
+    layers = run.config.get("layers", 1)
+    if layers > 1:
+        return draw_groups([[run]], directory, name)
+    draw_model = draw_mlp if run.config["model"] == "mlp" else draw_attention
+    figure, last = draw_model(run)
+    for key, colour in (("train_accuracy", BEFORE), ("test_accuracy", AFTER),
+                        ("margin_ratio", "black")):
+        lines = [line for line in run.history if line.get(key) is not None]
+        if lines:
+            last.plot([line["step"] for line in lines], [line[key] for line in lines],
+                      color=colour, label=key.replace("_", " ").replace("margin ratio",
+                                                                      "margin / gamma*"))
+    last.set(xlabel="step", ylim=(0, 1.03))
+    if last.lines:
+        last.legend()
+    save_figure(figure, directory, f"{name}.png")
 
 
-def draw_heads(run, name, directory, count=4):
-    """The paper's Figures 3, 9 and 10: attention matrices S_h beside their 2-D spectra."""
-    plt = pyplot()
-    s = fc.head_spectra(run.params)
-    centered, power = head_pictures(run)
-    p = centered.shape[1]
-    _, chosen = strongest_heads(s, count)
-    figure, axes = plt.subplots(2, len(chosen), figsize=(3.2 * len(chosen), 7), squeeze=False)
-    low = -((p - 1) // 2)
-    for h, (above, below) in zip(chosen, axes.T):
-        above.imshow(centered[h], cmap="RdBu")
-        above.set(title=f"head {h}: $S_h$, top two {s['shares'][h, 1]:.2f}", xlabel="key",
-                  ylabel="query")
-        below.imshow(power[h], extent=(-0.5, p // 2 + 0.5, low + p - 0.5, low - 0.5))
-        below.set(title="power", xlabel="key frequency", ylabel="query frequency")
-    figure.tight_layout()
-    save_figure(figure, directory, f"{name}-heads.png")
+def draw_mlp(run):
+    """The paper's Figures 1 and 2: a neuron and its spectra, frequencies, power; before, after."""
+    measures, k, p = fc.neuron_spectra(run.params), run.config["k"], run.config["p"]
+    live, purity = np.flatnonzero(measures["live"]), measures["concentration"]
+    pure = live[purity[live] >= np.median(purity[live])]
+    one = pure[np.argmin(np.abs(measures["frequency"][pure] - 2))]  # a wave that the eye can see
+    figure = pyplot().figure(figsize=(10, 1.1 * (k + 1) + 0.6))
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
+    axes = left.subplots(k + 1, 2, sharex="col")
+    first = fc.new_run(run.config).params  # of the same seed
+    for params, colour, shift in ((first, BEFORE, -0.2), (run.params, AFTER, 0.2)):
+        vectors = fc.to_host(fc.neurons(params)[:, :, one])
+        vectors = vectors / abs(vectors).max(axis=1)[:, None]
+        for x, (weights, power) in zip(vectors, axes):
+            weights.plot(x, "o", ms=3, color=colour)
+            spectrum = fc.to_host(fc.power_spectrum(fc.xp.asarray(x)))
+            power.bar(np.arange(p // 2 + 1) + shift, spectrum / spectrum.sum(), 0.4, color=colour)
+    for j, (x, (weights, power)) in enumerate(zip(vectors, axes)):
+        wave = np.fft.rfft(x) * (np.arange(p // 2 + 1) == measures["frequency"][one])
+        fine = np.fft.irfft(wave, 20 * p) * 20
+        weights.plot(np.arange(20 * p) / 20, fine, lw=0.7, color=AFTER)
+        weights.set(ylabel=f"$u_{j + 1}$" if j < k else "$w$", yticks=(-1, 0, 1))
+        power.set(ylim=(0, 1), yticks=(0, 1))
+    axes[0, 0].set_title(f"neuron {one}: each vector over its largest entry")
+    axes[0, 1].set_title("its share of power by frequency")
+    counts, power, last = right.subplots(3, 1)
+    counts.bar(np.arange(1, p // 2 + 1), histogram(measures["frequency"][live], p), color=AFTER)
+    counts.set_title("live neurons by frequency")
+    histograms(power, run.power_at_init, measures["shares"][:, live],
+               "maximum normalized power of all $u_1 .. u_k, w$")
+    return figure, last
 
-    figure, axis = plt.subplots(figsize=(6, 3))
-    edges = np.linspace(0, 1, 51)
-    axis.hist(run.power_at_init[:, 1], edges, alpha=0.7, label="all heads at init", density=True)
-    axis.hist(s["shares"][s["live"], 1], edges, alpha=0.7, label="live heads, trained",
-              density=True)
-    axis.set(title="share of a head's power in its top two frequency pairs", xlabel="share")
+
+def histograms(axis, before, after, title):
+    for x, colour, label in ((before, BEFORE, "before"), (after, AFTER, "after")):
+        axis.hist(x.ravel(), np.linspace(0, 1, 51), color=colour, label=label, density=True)
+    axis.set(title=title, yticks=())
     axis.legend()
-    save_figure(figure, directory, f"{name}-shares.png")
 
 
-def draw_groups(groups, directory):
+def draw_attention(run, count=4):
+    """The paper's Figures 3, 9 and 10: attention matrices S_h above their 2-D spectra."""
+    measures, centred, spectrum, _, chosen = pictures(run, count)
+    p = centred.shape[1]
+    figure = pyplot().figure(figsize=(12, 5))
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
+    axes = left.subplots(2, len(chosen), squeeze=False)
+    for h, (above, below) in zip(chosen, axes.T):
+        above.imshow(centred[h], cmap="RdBu")
+        above.set_title(f"head {h}: top two {measures['shares'][h, 1]:.2f}")
+        below.imshow(spectrum[h], cmap="Blues", aspect="auto",
+                     extent=(-0.5, p // 2 + 0.5, p - p // 2 - 0.5, -(p // 2) - 0.5))
+    axes[0, 0].set(xlabel="key", ylabel="query: $S_h$")
+    axes[1, 0].set(xlabel="key frequency", ylabel="query frequency: power")
+    shares, last = right.subplots(2, 1)
+    histograms(shares, run.power_at_init[:, 1], measures["shares"][measures["live"], 1],
+               "power in a head's top two pairs")
+    return figure, last
+
+
+def draw_groups(groups, directory, name="grokking"):
     """Figure 4: accuracies over steps, a panel a group, mean and range over its seeds."""
     if not all(run.history for runs in groups for run in runs):
         raise fc.BadInput("a run was stopped before its first line of progress: nothing to draw")
-    plt = pyplot()
-    figure, axes = plt.subplots(2, len(groups), figsize=(3.5 * len(groups), 5.5), squeeze=False)
-    for runs, apart, (axis, below) in zip(groups, differences(groups), axes.T):
+    figure, axes = pyplot().subplots(2, len(groups), figsize=(2.6 * len(groups) + 0.6, 4),
+                                     sharex="col", sharey=True, squeeze=False)
+    for runs, apart, (above, below) in zip(groups, differences(groups), axes.T):
         lines = list(zip(*(run.history for run in runs)))  # up to the shortest run
         steps = [line[0]["step"] for line in lines]
-        for panel, key in ((axis, "train_accuracy"), (axis, "test_accuracy"),
-                           (below, "embedding_share")):
-            y = np.array([[one[key] for one in line] for line in lines], float)
-            drawn, = panel.plot(steps, y.mean(axis=1), label=key.split("_")[0])
-            panel.fill_between(steps, y.min(axis=1), y.max(axis=1), alpha=0.3, lw=0,
-                               color=drawn.get_color())
+        for axis, key, colour in ((above, "train_accuracy", BEFORE),
+                                  (above, "test_accuracy", AFTER),
+                                  (below, "embedding_share", AFTER)):
+            y = np.array([[one.get(key) for one in line] for line in lines], float)
+            axis.plot(steps, y.mean(axis=1), color=colour, label=key.split("_")[0])
+            axis.fill_between(steps, y.min(axis=1), y.max(axis=1), alpha=0.3, lw=0, color=colour)
         c = runs[0].config
-        axis.set_title(f"k = {c['k']}, p = {c['p']}, seeds: {len(runs)}\n{apart}".rstrip())
-        axis.set_ylim(-0.02, 1.02)
-        below.set(xlabel="step", ylim=(-0.02, 1.02))
+        above.set(title=f"k = {c['k']}, p = {c['p']}\n{apart}".rstrip(), ylim=(-0.02, 1.02))
+        below.set_xlabel("step")
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("embedding's power in\nthe top tenth of frequencies")
     axes[0, 0].legend()
-    figure.tight_layout()
-    save_figure(figure, directory, "grokking.png")
-
-
-def draw(run, name, directory):
-    """The paper's figures for this run, and its training curves, as PNG files."""
-    if run.config.get("layers", 1) == 1:
-        (draw_neurons if run.config["model"] == "mlp" else draw_heads)(run, name, directory)
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3))
-    steps = [line["step"] for line in run.history]
-    for axis, keys in zip(axes, (["train_loss", "test_loss"], ["train_accuracy", "test_accuracy"],
-                                 ["max_normalized_power", "single_frequency_fraction",
-                                  "margin_ratio", "top_two_share", "embedding_share"])):
-        for key in keys:
-            if run.history and run.history[0].get(key) is not None:
-                axis.plot(steps, [line[key] for line in run.history], label=key.replace("_", " "))
-        axis.set_xlabel("step")
-        if axis.lines:
-            axis.legend()
-    axes[0].set_yscale("log")
-    save_figure(figure, directory, f"{name}-training.png")
+    save_figure(figure, directory, f"{name}.png")
 
 
 def draw_widths(reports, directory):
     """margin / gamma* against the width, a dot a run and a line through the means."""
-    plt = pyplot()
     reports = [r for r in reports if r.get("margin_ratio") is not None]
     if not reports:
         raise fc.BadInput("no run has a margin / gamma* to draw: it is for the MLP's z^k")
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for k, p in sorted({(r["k"], r["p"]) for r in reports}):
+    figure, axis = pyplot().subplots(figsize=(6, 4))
+    for (k, p), colour in zip(sorted({(r["k"], r["p"]) for r in reports}), (AFTER, BEFORE) * 9):
         dots = [(r["m"], r["margin_ratio"]) for r in reports if (r["k"], r["p"]) == (k, p)]
         widths = sorted({m for m, _ in dots})
         means = [np.mean([ratio for m, ratio in dots if m == width]) for width in widths]
-        line, = axis.plot(widths, means, label=f"k = {k}, p = {p}")
-        axis.plot(*zip(*dots), "o", ms=4, color=line.get_color())
-        axis.axvline(2 ** (2*k - 2) * (p - 1), color=line.get_color(), ls=":", lw=1)
+        axis.plot(widths, means, color=colour, label=f"k = {k}, p = {p}")
+        axis.plot(*zip(*dots), "o", ms=4, color=colour)
+        axis.axvline(2 ** (2*k - 2) * (p - 1), color=colour, ls=":", lw=1)
     axis.set(xscale="log", xlabel="neurons (dotted: the theorem's width)", ylabel="margin / gamma*")
     axis.legend()
     save_figure(figure, directory, "widths.png")
@@ -464,7 +555,7 @@ def main(argv):
             return 0
     groups = group_runs(runs) if len(runs) > 1 and all(
         run.config.get("layers", 1) > 1 for run in runs) else []
-    reports = [fc.report(run) for run in runs] if args.json or not groups else []
+    reports = [report(run) for run in runs] if args.json or not groups else []
     if args.json:
         print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2))
     elif groups:

@@ -1,8 +1,8 @@
 """Train a network to add k numbers modulo p and report the Fourier circuit that it became.
 
-    python train.py --k 3 --p 23                    the circuit, 10 seconds on two cores
-    python train.py --k 3 --p 23 --max-margin       the largest normalized margin, 30 seconds
-    python train.py --figure 1                      Figures 1, 5, 7 at full size: 2, 1, 9 minutes
+    python train.py --k 3 --p 23                    the circuit, a few seconds
+    python train.py --k 3 --p 23 --max-margin       the largest normalized margin, half a minute
+    python train.py --figure 1                      Figures 1, 5, 7 at full size: minutes
     python train.py --model transformer             one layer of attention, k = 3, p = 31: 2 minutes
     python train.py --figure 3                      Figures 3, 9, 10, attention: 3 to 5 minutes
     python train.py --model transformer --layers 2 --k 2 --p 97     grokking, 1 to 2 minutes
@@ -19,16 +19,16 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 
 import numpy as np
 
 import fourier_circuits as fc
-from analyze import Parser, print_report, run_main
-
+from analyze import Parser, print_report, report, run_main
 
 # The published sizes, the MLP's widths by default; 2, 6 and 8 show the runs of 1, 5, 7 again.
-FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23, "steps": 4000}}
+FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23}}
 FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
 FIGURES |= {figure: {"model": "transformer", "k": k, "p": p}
             for figure, k, p in ((3, 4, 31), (9, 3, 61), (10, 5, 17))}
@@ -36,63 +36,53 @@ FIGURES[4] = {"model": "transformer", "layers": 2, "k": 2, "heads": 160, "d_head
               "d_model": 128, "d_ff": 512, "lr": 1e-3, "weight_decay": 1e-3}
 FIGURE_4_P = {2: 97, 3: 31, 4: 11, 5: 5}
 
+NUMBERS = (  # name, type, meaning
+    ("k", int, "numbers to add"),
+    ("p", int, "modulus"),
+    ("train_fraction", float, "share of all inputs to train on"),
+    ("steps", int, "training steps"),
+    ("batch", int, "inputs a step, all of them at most"),
+    ("lr", float, "AdamW's learning rate"),
+    ("weight_decay", float, "AdamW's weight decay"),
+    ("init_std", float, "of the first weights; a transformer's in units of 1/sqrt(fan-in)"),
+    ("seed", int, "of the split, the first weights and the batches"),
+    ("m", int, "neurons, 2^(2k-2) (p-1) in the paper"),
+    ("equal", float, "share of the steps in which all vectors have one size"),
+    ("penalty", float, "strength of the penalty ||theta||^penalty-power (Def. 3.1)"),
+    ("penalty_power", float, "1 is the paper's; k+1 makes it sum_i ||theta_i||^(k+1)"),
+    ("layers", int, "1: attention alone; more: positions, causal mask, MLPs"),
+    ("heads", int, "attention heads of a layer"),
+    ("d_head", int, "width of a head"),
+    ("d_model", int, "width of a state"),
+    ("d_ff", int, "width of a block's MLP"))
+
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="--max-margin and --activation relu have defaults of their own: see "
-                    "DEFAULTS in fourier_circuits.py",
+                    epilog="The defaults follow from k, p and the model: mlp_settings and "
+                    "transformer_settings in fourier_circuits.py.",
                     argument_default=argparse.SUPPRESS)
-    add, rules = parser.add_argument, [fc.COMMON | fc.DEFAULTS[x] for x in ("mlp", "transformer")]
-
-    def default(name):
-        mlp, transformer = (rule.get(name) for rule in rules)
-        return f"default {mlp}" + (f"; transformer {transformer}"
-                                   if transformer not in (None, mlp) else "")
-
-    add("--model", choices=("mlp", "transformer"), help="default mlp, that of Eq. 2")
-    add("--k", type=int, help=f"numbers to add ({default('k')})")
-    add("--p", type=int, help=f"modulus ({default('p')})")
+    add = parser.add_argument
+    add("--model", choices=("mlp", "transformer"), help="default mlp, the network of Eq. 2")
     add("--figure", type=int, choices=sorted(FIGURES), help="the published settings of "
         "that figure; other flags override")
-    add("--train-fraction", type=float, help=f"share of D_p ({default('train_fraction')})")
-    add("--steps", type=int, help=f"{default('steps')}; transformer 3000 k, 2 layers "
-        f"{fc.DEFAULTS['deep']['steps']}")
-    add("--batch", type=int, help=f"inputs a step, all of them at most ({default('batch')}; "
-        f"transformer 256 (k-1), 2 layers {fc.DEFAULTS['deep']['batch']})")
-    add("--lr", type=float, help="AdamW's learning rate (default: set from k, p and m; "
-        f"transformer {rules[1]['lr']}, 2 layers {fc.DEFAULTS['deep']['lr']})")
-    add("--weight-decay", type=float, help="AdamW's weight decay (default: set from k, p and m; "
-        f"transformer {rules[1]['weight_decay']}, 2 layers {fc.DEFAULTS['deep']['weight_decay']})")
-    add("--init-std", type=float, help="of the initial weights, the transformer's in units of "
-        "1/sqrt(fan-in) (default: set from the sizes)")
-    add("--seed", type=int, help=default("seed"))
-    add("--dtype", choices=("float32", "float64"), help=default("dtype"))
-    group = parser.add_argument_group("of the MLP").add_argument
-    group("--m", type=int, help="neurons (default: the paper's 2^(2k-2) (p-1))")
-    group("--activation", choices=("power", "relu"), help=f"{default('activation')}: z^k")
-    group("--max-margin", action="store_true",
-          help="train on all inputs for the largest normalized margin")
-    group("--penalty", type=float, help="strength of the penalty (default: from k, p and m)")
-    group("--penalty-power", type=float, help="penalty ||theta||_{2,k+1}^power: 1 is the paper's, "
-          "Def. 3.1 (default k+1, which makes it sum_i ||theta_i||^(k+1))")
-    group("--alone", type=float,
-          help=f"share of the steps in which each neuron learns by itself ({default('alone')})")
-    group("--equal", type=float,
-          help=f"share of the steps in which all neurons have one norm ({default('equal')})")
-    group = parser.add_argument_group("of the transformer").add_argument
-    deep = fc.DEFAULTS["deep"]
-    group("--layers", type=int, help="1: attention alone (default); 2 and more: positions, causal "
-          "mask, MLPs, and other defaults")
-    for name in ("heads", "d_head", "d_model", "d_ff"):
-        of = f"default {rules[1][name]}; " if name in rules[1] else ""
-        group("--" + name.replace("_", "-"), type=int, help=f"{of}2 layers {deep[name]}")
-    group = parser.add_argument_group("of this command").add_argument
-    group("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
-    group("--out", metavar="FILE", help="run file (default: named after model, k, p, seed)")
-    group("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
-    group("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
-    group("--benchmark", action="store_true",
-          help="time the step and its matrix products, then stop")
+    models = {"mlp": {}, "transformer": {"model": "transformer"},
+              "2 layers": {"model": "transformer", "layers": 2}}
+    rules = {name: fc.complete(given) for name, given in models.items()}
+    for name, kind, meaning in NUMBERS:
+        defaults = ", ".join(f"{model} {rule[name]:.4g}" for model, rule in rules.items()
+                             if name in rule)
+        add(f"--{name.replace('_', '-')}", type=kind, help=f"{meaning} (default {defaults})")
+    add("--dtype", choices=("float32", "float64"), help="default float32")
+    add("--activation", choices=("power", "relu"), help="of the mlp; default power: z^k")
+    add("--control-variate", choices=("on", "off"), help="of the mlp's gradient; default on")
+    add("--max-margin", action="store_true",
+        help="train the mlp on all inputs for the largest normalized margin")
+    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
+    add("--out", metavar="FILE", help="run file (default: named after model, k, p, seed)")
+    add("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
+    add("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
+    add("--benchmark", action="store_true", help="time the step, then stop")
     return vars(parser.parse_args(argv))
 
 
@@ -100,17 +90,18 @@ class Progress:
     """One line that is written over on a terminal; plain lines, rarely, elsewhere."""
 
     def __init__(self, run):
-        self.run, self.began, self.first = run, time.monotonic(), run.step
+        self.run, self.began, self.start = run, time.monotonic(), run.step
         self.live = sys.stdout.isatty()
 
     def show(self, line, every):
         steps = self.run.config["steps"]
         last = line["step"] == steps
-        if not (self.live or last or line["step"] // every % (steps // every // 10 or 1) == 0):
+        rarely = line["step"] // every % max(1, steps // every // 10) == 0
+        if not (self.live or last or rarely):
             return
         share = lambda x: "    -" if x is None else f"{x:5.3f}"
-        done = max(1, line["step"] - self.first)
-        left = (time.monotonic() - self.began) / done * (self.run.config["steps"] - line["step"])
+        done = max(1, line["step"] - self.start)
+        left = (time.monotonic() - self.began) / done * (steps - line["step"])
         text = (f"step {line['step']:6d}  {left:4.0f} s left  loss {line['train_loss']:8.2e}"
                 f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}")
         for key, form in (("max_normalized_power", "power {:5.3f}"),
@@ -126,6 +117,16 @@ class Progress:
         print(text, end="\n" if last or not self.live else "", flush=True)
 
 
+def check_writable(path):
+    """Raise BadInput, before any work, if a run cannot be saved at path. Leaves what is there."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise fc.BadInput(f"cannot write {path}: it is not a regular file")
+    try:
+        tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
+    except OSError as error:
+        raise fc.BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
+
+
 def claim(path, config):
     """Refuse an --out that cannot be written or that holds something else than this very run."""
     if os.path.exists(path):
@@ -139,7 +140,7 @@ def claim(path, config):
         if old.step < config["steps"]:
             raise fc.BadInput(f"{path} holds this run, stopped at step {old.step}; go on with "
                               f"--resume {path}, or choose another --out")
-    fc.check_writable(path)
+    check_writable(path)
 
 
 def train(run, out, save_every, resume_command):
@@ -151,8 +152,7 @@ def train(run, out, save_every, resume_command):
     every = max(1, steps // (100 if run.config.get("layers", 1) > 1 else 50))
     progress = Progress(run)
     began = time.monotonic() - run.seconds
-    last = run.step == steps
-    while not last:
+    while run.step < steps:
         fc.train_step(run)
         last, stop = run.step == steps, bool(stopped)
         log = last or run.step % every == 0
@@ -175,60 +175,56 @@ def train(run, out, save_every, resume_command):
         signal.signal(number, usual)
 
 
-def benchmark(run):
-    """Time whole steps and, in turn with them, the five matrix products of the MLP's step alone."""
+def benchmark(config):
+    """Print the time of a step and, in turn with it, that of the MLP's five matrix products."""
     import resource  # here, as Windows has none
-    if run.config.get("max_margin"):
+    if config.get("max_margin"):
         raise fc.BadInput("--benchmark times a step on a random batch; leave --max-margin out")
-    c = run.config
-    n = min(c["batch"], len(run.inputs))
+    gpu = fc.xp is not np
+    run = fc.new_run({**config, "control_variate": "off"})
+    n = min(config["batch"], len(run.index))
 
-    def step():
-        run.step = math.ceil(c.get("equal", 0) * c["steps"])  # the network as a whole
+    def step(variate):
+        run.step = math.ceil(config.get("equal", 0) * config["steps"])  # where all is free
+        run.config["control_variate"] = variate
         fc.train_step(run)
-        float(next(iter(run.params.values())).ravel()[0])  # waits for a GPU
 
-    times = {step: []}
-    if c["model"] == "mlp":
-        times[products(c, n)] = []
-    end = time.monotonic() + 10
-    while len(times[step]) < 20 or time.monotonic() < end and len(times[step]) < 200:
-        for f, taken in times.items():
+    jobs = {"step": lambda: step("off")}
+    if config["model"] == "mlp":
+        if config["activation"] == "power":
+            jobs["with product term"] = lambda: step("on")
+        jobs["matrix products"] = products(config, n)
+    times = {name: [] for name in jobs}
+    for name, job in jobs.items():
+        end = time.monotonic() + 10 / len(jobs)
+        while len(times[name]) < 20 or time.monotonic() < end and len(times[name]) < 200:
             began = time.perf_counter()
-            f()
-            taken.append(1000 * (time.perf_counter() - began))
-    whole, *alone = (statistics.median(taken[3:]) for taken in times.values())
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss, a MiB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    sizes = ", ".join(f"{x} = {c[x]}" for x in ("k", "p", "m", "layers", "heads", "d_head",
-                                                "d_model", "d_ff") if x in c)
-    print(f"{sizes}, batch {n}, {c['dtype']}, "
-          f"{len(times[step]) - 3} steps on the {'CPU' if fc.xp is np else 'GPU'}\n"
-          f"  step             {whole:8.2f} ms (median)")
-    if alone:
-        print(f"  matrix products  {alone[0]:8.2f} ms (its five products alone)\n"
-              f"  ratio            {whole / alone[0]:8.2f}")
-    print(f"  peak memory      {peak:8.0f} MiB")
-    if fc.xp is not np:
+            job()
+            if gpu:
+                fc.xp.cuda.Device().synchronize()
+            times[name].append(1000 * (time.perf_counter() - began))
+    device = fc.xp.cuda.runtime.getDeviceProperties(0)["name"].decode() if gpu else "CPU"
+    sizes = ", ".join(f"{x} = {config[x]}" for x in ("k", "p", "m", "layers", "heads", "d_head",
+                                                     "d_model", "d_ff") if x in config)
+    print(f"{sizes}, batch {n}, {config['dtype']}, {len(times['step']) - 3} steps on the {device}")
+    median = {name: statistics.median(taken[3:]) for name, taken in times.items()}
+    for name, taken in median.items():
+        print(f"  {name:18s} {taken:9.2f} ms (median)")
+    if "matrix products" in median:
+        print(f"  {'ratio':18s} {median['step'] / median['matrix products']:9.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"  peak memory        {peak / 2**(20 if sys.platform == 'darwin' else 10):9.0f} MiB")
+    if gpu:
         pool = fc.xp.get_default_memory_pool().total_bytes() / 2**20
-        print(f"  GPU memory       {pool:8.0f} MiB")
+        print(f"  GPU memory         {pool:9.0f} MiB")
 
 
 def products(config, n):
     """A function that does the five matrix products of the MLP's step on n inputs, nothing else."""
     k, p, m, dtype = (config[name] for name in ("k", "p", "m", "dtype"))
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: fc.xp.asarray(rng.standard_normal(shape, dtype))
+    draw = lambda *shape: fc.xp.asarray(np.random.default_rng(0).standard_normal(shape, dtype))
     x, u, h, w, logits = draw(n, k * p), draw(k * p, m), draw(n, m), draw(m, p), draw(n, p)
-    du, dw, dh, z = (fc.xp.empty_like(a) for a in (u, w, h, h))
-
-    def run():
-        for a, b, out in ((x, u, z), (h, w, logits), (h.T, logits, dw), (logits, w.T, dh),
-                          (x.T, dh, du)):
-            fc.xp.matmul(a, b, out=out)
-        float(du[0, 0])
-
-    return run
+    return lambda: (x @ u, h @ w, h.T @ logits, logits @ w.T, x.T @ h)
 
 
 def main(argv):
@@ -239,41 +235,40 @@ def main(argv):
         if flags["k"] not in FIGURE_4_P:
             raise fc.BadInput(f"Figure 4 has k = 2, 3, 4 and 5, not {flags['k']}; give --p too")
         flags["p"] = FIGURE_4_P[flags["k"]]
-    own = {name: flags.pop(name, None)
-           for name in ("device", "out", "save_every", "resume", "benchmark")}
-    if own["save_every"] < 0:
-        raise fc.BadInput(f"--save-every {own['save_every']} must be at least 0")
-    fc.use_device(own["device"])
-    out = own["out"] or own["resume"]
-    if own["resume"]:
-        run = fc.load_run(own["resume"])
+    device, out, save_every, resume, timing = (
+        flags.pop(name, None) for name in ("device", "out", "save_every", "resume", "benchmark"))
+    if save_every < 0:
+        raise fc.BadInput(f"--save-every {save_every} must be at least 0")
+    fc.use_device(device)
+    if resume:
+        run = fc.load_run(resume)
         for name, value in flags.items():
             if value != run.config.get(name):
                 raise fc.BadInput(f"--{name.replace('_', '-')} {value} disagrees with the run in "
-                                  f"{own['resume']}: {run.config.get(name)}; leave it out to go on")
-        if out != own["resume"]:
-            if os.path.exists(out):
-                raise fc.BadInput(f"{out} exists; choose another --out")
-            fc.check_writable(out)
-            fc.save_run(out, run)
+                                  f"{resume}: {run.config.get(name)}; leave it out to go on")
+        config = run.config
     else:
         config = fc.complete(flags)
+    if timing:
+        return benchmark(config)
+    if resume and out not in (None, resume):
+        if os.path.exists(out):
+            raise fc.BadInput(f"{out} exists; choose another --out")
+        check_writable(out)
+        fc.save_run(out, run)
+    elif not resume:
         kind = "max-margin" if config.get("max_margin") else config["model"]
         kind += str(config["layers"]) if config.get("layers", 1) > 1 else ""
         out = out or f"{kind}-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
-        if not own["benchmark"]:
-            claim(out, config)
+        claim(out, config)
         run = fc.new_run(config)
-    if own["benchmark"]:
-        return benchmark(run)
+    out = out or resume
     again = ["python", "train.py", "--resume", out]
-    if own["save_every"]:
-        again += ["--save-every", str(own["save_every"])]
-    if own["device"] != "auto":
-        again += ["--device", own["device"]]
-    train(run, out, own["save_every"], shlex.join(again))
-    print_report(fc.report(run))
-    print(f"  saved to {out}")
+    again += ["--save-every", str(save_every)] if save_every else []
+    again += ["--device", device] if device != "auto" else []
+    train(run, out, save_every, shlex.join(again))
+    print_report(report(run))
+    print(f"  saved to {out}; look inside with\n  {shlex.join(['python', 'analyze.py', out])}")
     return 0
 
 
