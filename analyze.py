@@ -19,13 +19,11 @@ import numpy as np
 
 import fourier_circuits as fc
 
-
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
-
 
 def run_main(main):
     """Run a script's main: what the user can mend is one line on stderr and exit code 2."""
@@ -50,7 +48,6 @@ def run_main(main):
 # ------------------------------------------------------------------------------------------------
 # The report: what a trained network is and does
 
-
 def report(run):
     """All that is printed of a run, as a dict ready for JSON.
 
@@ -72,14 +69,11 @@ def report(run):
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
             **measures["summary"], **about(run, whole, measures, sample)}
 
-
 def mean(x, part):
     return float(x[part].mean()) if part.any() else None
 
-
 def histogram(frequencies, p):  # how often each of 1 .. p // 2 is there
     return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
-
 
 def report_neurons(run, whole, measures, sample):
     """report's part on the MLP; margins are normalized."""
@@ -103,7 +97,6 @@ def report_neurons(run, whole, measures, sample):
         "frequency_histogram": histogram(measures["frequency"][live], p),
         "margin": whole["margin"] / size, **theory,
         "restricted_accuracy": kept, "excluded_accuracy": rest}
-
 
 def report_heads(run, whole, measures, sample):
     """report's part on attention. Shares are medians over live heads, at init over all.
@@ -130,14 +123,12 @@ def report_heads(run, whole, measures, sample):
                       for on, top, share, first, rank in zip(
                           live, measures["top"], shares, run.power_at_init, measures["rank"])]}
 
-
 def report_embedding(run, whole, measures, sample):
     """report's part on a transformer of several layers: its grokking, its embedding's spectrum."""
     tenth = -(-len(measures["shares"]) // 10)
     return {**grokking(run.history), "tenth": tenth,
             "embedding_share_at_init": float(np.sort(run.power_at_init)[-tenth:].sum()),
             "embedding_spectrum": measures["shares"].tolist()}
-
 
 def grokking(history, level=0.99):
     """Of the lines of a history: when accuracy on each part first reached level (None: never), the
@@ -193,13 +184,11 @@ d_ff {d_ff}, seed {seed}
 frequencies; at init {embedding_share_at_init:.3f}
   its spectrum from 1  {bars}|"""
 
-
 class Missing:
     """A number that there is not, in any format."""
 
     def __format__(self, form):
         return "-"
-
 
 def shown(x):
     """A number or a list of numbers, for a text's {..}."""
@@ -207,13 +196,11 @@ def shown(x):
         return ", ".join(f"{y:.3f}" for y in x if isinstance(y, float))
     return Missing() if x is None else x
 
-
 def bars(x, low=None, high=None):
     """Numbers as a row of blocks. bars([0, 1, 2]) -> ' ▄█'."""
     low, high = np.min(x) if low is None else low, np.max(x) if high is None else high
     level = np.round(8 * (np.asarray(x) - low) / ((high - low) or 1)).astype(int)
     return "".join(" ▁▂▃▄▅▆▇█"[i] for i in level)
-
 
 def print_report(r):
     """Print what report(run) measured."""
@@ -224,7 +211,6 @@ def print_report(r):
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
     print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
-
 
 def group_runs(runs):
     """Runs of one configuration but for the seed, together. -> [[run, ..], ..], by k and p.
@@ -240,14 +226,12 @@ def group_runs(runs):
         group.append(run)
     return list(groups.values())
 
-
 def differences(groups):
     """The settings other than k and p that tell the groups apart, a text for each group."""
     configs = [runs[0].config for runs in groups]
     names = [x for x in configs[0] if x not in ("k", "p", "seed")
              and any(c[x] != configs[0][x] for c in configs)]
     return [", ".join(f"{x.replace('_', '-')} {c[x]}" for x in names) for c in configs]
-
 
 def spread(values, form, none="-"):
     """Mean (smallest..largest) of the values that are known."""
@@ -256,7 +240,6 @@ def spread(values, form, none="-"):
         return none
     some = f", {len(known)} of {len(values)}" if len(known) < len(values) else ""
     return f"{np.mean(known):{form}} ({min(known):{form}}..{max(known):{form}}{some})"
-
 
 def print_groups(groups):
     """Grokking, mean and range over the seeds of each group."""
@@ -272,12 +255,10 @@ def print_groups(groups):
         print(f"{c['k']:3d} {c['p']:3d} {len(runs):5d} {min(run.step for run in runs):6d}  "
               "{:22s} {:22s} {:18s} {:20s} {:21s} {}".format(*cells, apart).rstrip())
 
-
 COLUMNS = {"single_frequency_fraction": "single {:7.2%}", "phase_error": "phase {:.4f}",
            "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:.4f}",
            "top_two_share": "top two {:.3f}", "live_heads": "live heads {:3d}",
            "embedding_share": "embedding {:.3f}"}
-
 
 def print_table(reports):
     """One line a run."""
@@ -287,7 +268,6 @@ def print_table(reports):
         ends = [text.format(shown(r[name])) for name, text in COLUMNS.items() if name in r]
         print(start.format(r.get("m", r.get("heads")), f"{shown(r['test_accuracy']):.2%}", **r),
               *ends, sep="  ")
-
 
 def print_neurons(run, count=3):
     """Some live neurons of different frequencies: weights over 0..p-1 beside their spectra."""
@@ -303,7 +283,6 @@ def print_neurons(run, count=3):
               f"{measures['phase_error'][i]:.4f}; weights | spectrum from 0")
         for j, name in enumerate([*(f"u_{j}" for j in range(1, len(vectors))), "w"]):
             print(f"  {name:4s} {bars(vectors[j, :, i])} | {bars(spectra[j, :, i], low=0)}")
-
 
 def print_heads(run, lines=20, count=2):
     """The strongest live heads, a line each; some as S_h, a row a query, beside its spectrum."""
@@ -322,7 +301,6 @@ def print_heads(run, lines=20, count=2):
         for row, power in zip(centred[h], spectrum[h]):
             print(f"  {bars(row, low, high)} | {bars(power, 0, spectrum[h].max())} |")
 
-
 def pictures(run, count):
     """-> head_spectra; S_h without row means and its spectrum, query frequency 0 in the middle; the
     live heads, largest first; the first count of them that differ in key frequency.
@@ -334,7 +312,6 @@ def pictures(run, count):
     _, first = np.unique(measures["top"][order, 0, 1], return_index=True)
     return (measures, centred, np.fft.fftshift(spectrum, axes=1), order,
             order[np.sort(first)[:count]])
-
 
 def print_lemma(run):
     """Lemma F.2: S_j = f^(j,..,j,-j) is positive for every j of a max-margin network."""
@@ -361,7 +338,6 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
          "axes.titlesize": 9, "xtick.labelsize": 7, "ytick.labelsize": 7,
          "legend.frameon": False, "figure.constrained_layout.use": True}
 
-
 def pyplot():
     """matplotlib.pyplot. Raises BadInput where matplotlib is missing."""
     try:
@@ -371,7 +347,6 @@ def pyplot():
         return importlib.import_module("matplotlib.pyplot")
     except ImportError:
         raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
-
 
 def save_figure(figure, directory, name):
     """Write a PNG whole or not at all, and say so on stderr."""
@@ -383,7 +358,6 @@ def save_figure(figure, directory, name):
     except OSError as error:
         raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
     print(path, file=sys.stderr)
-
 
 def draw(run, name, directory):
     """One figure of a run: what its weights were and became, and how it learned."""
@@ -403,7 +377,6 @@ def draw(run, name, directory):
     if last.lines:
         last.legend()
     save_figure(figure, directory, f"{name}.png")
-
 
 def draw_mlp(run):
     """The paper's Figures 1 and 2: a neuron and its spectra, frequencies, power; before, after."""
@@ -437,13 +410,11 @@ def draw_mlp(run):
                "maximum normalized power of all $u_1 .. u_k, w$")
     return figure, last
 
-
 def histograms(axis, before, after, title):
     for x, colour, label in ((before, BEFORE, "before"), (after, AFTER, "after")):
         axis.hist(x.ravel(), np.linspace(0, 1, 51), color=colour, label=label, density=True)
     axis.set(title=title, yticks=())
     axis.legend()
-
 
 def draw_attention(run, count=4):
     """The paper's Figures 3, 9 and 10: attention matrices S_h above their 2-D spectra."""
@@ -463,7 +434,6 @@ def draw_attention(run, count=4):
     histograms(shares, run.power_at_init[:, 1], measures["shares"][measures["live"], 1],
                "power in a head's top two pairs")
     return figure, last
-
 
 def draw_groups(groups, directory, name="grokking"):
     """Figure 4: accuracies over steps, a panel a group, mean and range over its seeds."""
@@ -488,7 +458,6 @@ def draw_groups(groups, directory, name="grokking"):
     axes[0, 0].legend()
     save_figure(figure, directory, f"{name}.png")
 
-
 def draw_widths(reports, directory):
     """margin / gamma* against the width, a dot a run and a line through the means."""
     reports = [r for r in reports if r.get("margin_ratio") is not None]
@@ -510,7 +479,6 @@ def draw_widths(reports, directory):
 # ------------------------------------------------------------------------------------------------
 # Theory
 
-
 def print_theory(k, p):
     """Both networks against Theorem 4.1 on all p^k inputs."""
     networks = {"the rotated": fc.rotated_network(k, p)}
@@ -523,7 +491,6 @@ def print_theory(k, p):
               f"  {'':40s} {'measured':>22s} {'theorem':>22s}  relative error")
         for what, got, wanted, error in fc.theory_check(params):
             print(f"  {what:40s} {got:22.15e} {wanted:22.15e}  {error:.1e}")
-
 
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -575,7 +542,6 @@ def main(argv):
     elif args.figures and len(runs) > 1:
         draw_widths(reports, args.figures)
     return 0
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -29,7 +29,8 @@ Letters
     H, e     heads and their width                d, f     width of a state, of a block's MLP
     S, OV    what heads attend to and write       A        attention, sum 1 over the keys
 A layer is a function y, backward = layer(x, ..): backward takes dy, the gradient of the loss by y,
-and returns those by the layer's inputs. A gradient is d + the name.
+and returns those by the layer's inputs. penalty and product_term return theirs at once. A gradient
+is d + the name.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ import numpy as np
 
 xp = np
 CACHE_BYTES = 2**18  # elementwise work on large arrays goes in slices of this size; on a GPU larger
-SLICE_BYTES = 2**25  # a network sees no more inputs at once than make its widest layer this large
+SLICE_BYTES = 2**25  # of the MLP's hidden layer: larger batches go through it in slices
 MAX_BYTES = 2**31  # of the largest array
 
 class BadInput(ValueError):
@@ -61,10 +62,11 @@ def use_device(device):
     global xp, CACHE_BYTES
     xp, CACHE_BYTES = np, 2**18
     keep_freed_memory()
-    with contextlib.suppress(ImportError):
-        import cupy
-        if device != "cpu" and cupy.is_available():
-            xp, CACHE_BYTES = cupy, 2**28
+    if device != "cpu":
+        with contextlib.suppress(ImportError):
+            import cupy
+            if cupy.is_available():
+                xp, CACHE_BYTES = cupy, 2**28
     if device == "gpu" and xp is np:
         raise BadInput("no GPU can be used: CuPy is not installed or sees no CUDA device; "
                        "use --device cpu")
@@ -166,7 +168,7 @@ def power(z, k):  # [n, m] -> [n, m]
     return h, backward
 
 def relu(z):  # [n, m] -> [n, m]
-    """h = max(z, 0): the other activation of Morwani et al. 2024."""
+    """h = max(z, 0): the other activation of Morwani et al. 2024 (arXiv 2311.07568)."""
     def backward(dh):
         return dh * (z > 0)
     return xp.maximum(z, 0), backward
@@ -174,7 +176,7 @@ def relu(z):  # [n, m] -> [n, m]
 def cross_entropy(logits, y):  # [n, p], [n] -> scalar
     """Mean of -log softmax(logits)[y]; backward() -> (softmax - onehot) / n."""
     each, n = xp.arange(len(y)), len(y)
-    x = xp.ascontiguousarray(logits.T)  # [p, n]: numpy's sums are fast across the short axis
+    x = xp.ascontiguousarray(logits.T)  # [p, n]: summing over axis 0 adds whole rows, which is fast
     top = x.max(axis=0)
     exp = xp.exp(x - top)
     total = exp.sum(axis=0)
@@ -206,7 +208,7 @@ def mlp(params, a, activation="power", embed=embed_sum):  # [n, k] -> [n, p]
 
 def mlp_pieces(params, a=None, activation="power"):
     """mlp, a slice of the inputs at a time: yields (inputs, logits, backward).
-    a: inputs [n, k]; None: all of D_p in order, where the p inputs that differ in a_k alone come
+    a: inputs [n, k]; None: all of D_p in order, where the p inputs that differ only in a_k come
     together and share the sum of all that is before it."""
     k, p, _ = params["u"].shape
     row_bytes = params["w"][:, 0].nbytes
@@ -285,7 +287,8 @@ def evaluate(pieces):
             "margin": smallest, "largest_margin": largest, "class_margin": total / len(right)}
 
 def normalized_margin(params, activation="power"):
-    """h(theta) / ||theta||^nu, the margin of theta / ||theta||, over all of D_p; at most gamma*."""
+    """h(theta) / ||theta||^nu, the margin of theta / ||theta||, over all of D_p. For z^k it is at
+    most gamma*."""
     nu = degree(len(params["u"]), activation)
     return evaluate(mlp_pieces(params, None, activation))["margin"] / (norm(params, nu) ** nu or 1)
 
@@ -305,7 +308,7 @@ def max_normalized_power(x, axis=-1):
     """The largest share of power at a zeta >= 1, the mean included in the whole; 1 = a cosine."""
     spectrum = power_spectrum(x, axis)
     waves = spectrum.take(xp.arange(1, spectrum.shape[axis]), axis)
-    return waves.max(axis) / spectrum.sum(axis)
+    return waves.max(axis) / xp.maximum(spectrum.sum(axis), xp.finfo(spectrum.dtype).tiny)
 
 def expected_max_power(p):
     """Mean of max_normalized_power over Gaussian vectors of p numbers, p odd: 2 H_n/p, n = (p-1)/2,
@@ -348,7 +351,7 @@ def neuron_spectra(params):
 
 def ablate(params):
     """The causal check: the network restricted to each neuron's own frequency, and the rest.
-    -> restricted, excluded, which add up to params (after Nanda et al. 2023, for any k)."""
+    -> restricted, excluded, which add up to params (after Nanda et al. 2023, arXiv 2301.05217)."""
     vectors = neurons(params)
     k, p, _ = params["u"].shape
     zeta = xp.asarray(neuron_spectra(params)["frequency"])
@@ -368,7 +371,11 @@ def network_dft(params):
 
 
 # ------------------------------------------------------------------------------------------------
-# From the weights alone, for sizes at which nobody enumerates p^k inputs; power activation only
+# From the weights alone, for sizes at which nobody enumerates p^k inputs; power activation only.
+# Why a neuron of the best network is a cosine (Lemma 4.2): its mean class-weighted margin is a sum
+# over frequencies of |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error). The norm fixes the sum of all
+# squares; with k+1 >= 3 factors the sum is largest where all power is at one frequency, shared
+# equally by u_1 .. u_k and w, and the phase error is 0.
 
 def neuron_dft(params):  # -> complex [p, m]
     """Each neuron's f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), 0 at j = 0."""
@@ -396,9 +403,9 @@ def efficiency(params):  # -> [m]
     for a cosine with its phases in order; for even p a cosine reaches (p-2+r)/(p-1),
     r = 2^(-(k-1)/2), a Nyquist neuron 1/r times that."""
     k, p, _ = params["u"].shape
-    mean = neuron_dft(params).real.sum(axis=0) / ((p - 1) * float(p) ** k)
-    size = xp.maximum(neuron_norms(params) ** (k + 1), xp.finfo(mean.dtype).tiny)
-    return mean / (size * max_margin(k, p))
+    norms = xp.maximum(neuron_norms(params), xp.finfo(params["u"].dtype).tiny)
+    unit = {"u": params["u"] / norms, "w": params["w"] / norms[:, None]}
+    return neuron_dft(unit).real.sum(axis=0) / ((p - 1) * float(p) ** k * max_margin(k, p))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -420,7 +427,7 @@ def paper_network(k, p):
     if p % 2 == 0:
         raise BadInput(f"the paper's network is for odd p, not {p}; rotated_network takes any p")
     # A sine is a cosine a quarter turn late: late_j = 1 makes d_j = cos(x_j - pi/2) = sin x_j. If
-    # q, the number of sines, is odd, y takes one too; i^q (-i)^(q mod 2) is the product's sign.
+    # q, the number of sines, is odd, y takes one too; (-1)^(q // 2) is the product's sign.
     late = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
     q = late.sum(axis=1)
     signs = half_of_all_signs(k)
@@ -431,9 +438,11 @@ def paper_network(k, p):
 
 def rotated_network(k, p):
     """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
-    The signs of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s); turning all phases together by
-    psi_s = pi s/(k+1), s = 0 .. k, and w by k psi_s cancels every term but cos(x_1 + .. + x_k - y):
-    flipping r of the k signs gives the phase e^(-2 i r psi_s), which sums to 0 over s unless r = 0.
+    All phases turn together, by psi_s = pi s/(k+1) for s = 0 .. k, those of w by k psi_s. The signs
+    of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). Write the cosines of the
+    x_j as exponentials and multiply by e^(-i (y + k psi_s)), half of the last one: the term with q
+    minus signs keeps e^(-2 i q psi_s), which adds up over s to k+1 for q = 0 and else to 0. So only
+    cos(x_1 + .. + x_k - y) is left.
     Even p (parity, p = 2, included) has (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) more for the
     Nyquist frequency, where cos(x_j) = (-1)^a_j needs no turning."""
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
@@ -443,7 +452,7 @@ def rotated_network(k, p):
     return cosine_network(k, p, amplitudes, np.pi / (k + 1) * turns)
 
 def cosine_network(k, p, amplitudes, phases):
-    """Neurons amplitude cos(phase + 2 pi zeta a/p), [r, k+1] of each, for every zeta, at norm 1.
+    """Neurons amplitude cos(phase + 2 pi zeta a/p), [rows, k+1] of each, every zeta, at norm 1.
     All neurons of odd p have the same norm. The Nyquist neurons of even p have the share
     r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1), and only the first 2^(k-1) rows."""
     angle = 2 * np.pi * np.arange(p) / p
@@ -451,9 +460,9 @@ def cosine_network(k, p, amplitudes, phases):
     parts = []
     for zeta in range(1, p // 2 + 1):
         nyquist = 2 * zeta == p
-        rows = slice(2 ** (k - 1) if nyquist else None)
-        x = amplitudes[rows, :, None] * np.cos(phases[rows, :, None] + zeta * angle)  # [r, k+1, p]
-        share = 1 if p == 2 else (r if nyquist else 2) / (p - 1 if p % 2 else p - 2 + r)
+        used = slice(2 ** (k - 1) if nyquist else None)
+        x = amplitudes[used, :, None] * np.cos(phases[used, :, None] + zeta * angle)  # [.., k+1, p]
+        share = (r if nyquist else 2) / (p - 1 if p % 2 else p - 2 + r)
         size = (share / len(x)) ** (1 / (k + 1))
         parts.append(size * x / np.sqrt((x**2).sum(axis=(1, 2), keepdims=True)))
     x = np.concatenate(parts).transpose(1, 2, 0)  # [k+1, p, m]
@@ -461,19 +470,20 @@ def cosine_network(k, p, amplitudes, phases):
 
 def theory_check(params):
     """Compare a network of norm 1 with Theorem 4.1 (G.2) on all p^k inputs, by brute force.
-    It is max-margin if and only if f(a)[c] = gamma* (1{c = sum a} - 1/p), so that all wrong classes
-    are alike (Condition 3.8). For odd p also the dual: for every neuron
-    grad_i E g' = (k+1) gamma* ||theta_i||^(k-1) theta_i, g' the class-weighted margin.
+    For odd p it is max-margin if and only if f(a)[c] = gamma* (1{c = sum a} - 1/p), so that all
+    wrong classes are alike (Condition 3.8); for even p our network has this f too. For odd p also
+    the dual, the Lagrange condition at the maximum: with g' the class-weighted margin,
+    grad_i E g' = (k+1) gamma* ||theta_i||^(k-1) theta_i.
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
     gamma, onehot, spread, deviation = max_margin(k, p), xp.eye(p), 0.0, 0.0
     dual = {name: xp.zeros_like(x) for name, x in params.items()}
     for a, logits, backward in mlp_pieces(params):
-        right = onehot[labels(a, p)]
-        deviation = max(deviation, float(xp.abs(logits - gamma * (right - 1 / p)).max()))
-        wrong = logits[right == 0].reshape(len(a), p - 1)
+        target = onehot[labels(a, p)]
+        deviation = max(deviation, float(xp.abs(logits - gamma * (target - 1 / p)).max()))
+        wrong = logits[target == 0].reshape(len(a), p - 1)
         spread = max(spread, float((wrong.max(axis=1) - wrong.min(axis=1)).max()))
-        for name, d in backward((right - (1 - right) / (p - 1)) / p**k).items():
+        for name, d in backward((target - (1 - target) / (p - 1)) / p**k).items():
             dual[name] += d
     whole, size = evaluate(mlp_pieces(params)), gamma * p**k
     diagonal = diagonal_dft(params)[1:]
@@ -545,10 +555,12 @@ def loss_and_gradients(pieces, n, quiet=None, c=0):
 
         backward( (softmax - onehot + c (onehot - 1/p)) / n )  +  c grad product_term.
 
-    For every c its mean over D_p is cross-entropy's gradient, as there both estimates of L agree;
-    on a training half both are estimates from that half. c should bring onehot - softmax closest to
-    c (onehot - 1/p): that is p/(p-1) (1 - mean softmax[y]), 1 at softmax = 1/p, 0 where all is
-    known. Measured on this batch it serves the next. -> loss, gradients, this c."""
+    For every c its mean over D_p is cross-entropy's gradient, as there both estimates of L agree.
+    On a training half they differ a little: there its mean is cross-entropy's gradient with c times
+    the half's product term in the place of c times the half's linear part.
+    -> loss, gradients, and the c with which c (onehot - 1/p) comes closest to onehot - softmax,
+    p/(p-1) (1 - mean softmax[y]): 1 at softmax = 1/p, 0 where all is known. It is for the next
+    batch, as a c from the same batch would not be independent of it and could add a bias."""
     loss, best, grads = 0, 0, {}
     for a, logits, backward in pieces:
         p, share = logits.shape[1], len(a) / n
@@ -564,7 +576,7 @@ def loss_and_gradients(pieces, n, quiet=None, c=0):
             grads[name] = grads[name] + d if name in grads else d
         if quiet is not None:
             for name, d in product_term(quiet, a)[1].items():
-                grads[name] = grads[name] + share * c * d
+                grads[name] = grads[name] + share * (c * d)
     return loss, grads, best
 
 def natural_scale(k, p, m, margin=10):
@@ -573,12 +585,14 @@ def natural_scale(k, p, m, margin=10):
     return (margin / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
 
 def mlp_settings(k=3, p=23, m=None, activation="power", **given):
-    """The settings of the MLP, one rule for all k and p in units of scale = natural_scale(k, p, m).
+    """The settings of the MLP, one rule for all k and p; lr and decay in units of natural_scale.
     1. Up to the share equal of the steps all vectors of all neurons have mean 0 and one size, which
-       grows (timetable): none can win by size, so each has time to settle on one frequency.
+       grows (timetable), without penalty and decay: none can win by size, so each has time to
+       settle on one frequency.
     2. Then all is free: cross-entropy + penalty sum_i ||theta_i||^(k+1); weight decay times
        1 - loss / log p, as decay before anything is learned ends all learning; lr goes to 0.
-    max_margin: 2 alone, on all of D_p and without decay, as Lemma 3.7 has it."""
+    max_margin: phase 2 only, on all of D_p, without decay: as the penalty tends to 0 the optimum's
+    normalized margin tends to gamma* (Lemma 3.7); here it is small and fixed."""
     check_size(k, p)
     m = 2 ** (2*k - 2) * (p - 1) if m is None else m
     check_size(k, p, m)
@@ -586,7 +600,7 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **given):
     # At Gaussian weights the mean square of z^k is (2k-1)!! (k std^2)^k; logits start with rms 0.1.
     start = (0.1 / math.sqrt(m * math.prod(range(1, 2*k, 2)) * k**k)) ** (1 / (k + 1))
     rule = {"k": k, "p": p, "m": m, "activation": activation, "max_margin": False,
-            "train_fraction": 0.5, "steps": round(k * (150 + p ** (k / 2) / 10)), "batch": 1024,
+            "train_fraction": 0.5, "steps": round(350 + k * p ** (k / 2) / 10), "batch": 1024,
             "init_std": start, "equal": 0.6, "control_variate": "on",
             "lr": 0.3 / k * scale, "beta2": 0.98, "weight_decay": 1.2 / (scale * nu),
             "penalty": 0.05 * gamma, "penalty_power": nu}
@@ -594,7 +608,7 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **given):
         rule |= {"steps": 1500, "init_std": 0.2 * scale, "equal": 0, "control_variate": "off",
                  "lr": 0.05 * scale, "weight_decay": 1.4 / (scale * nu), "penalty": 0}
     if given.get("max_margin"):
-        rule |= {"train_fraction": 1, "steps": 1000, "batch": 2**30, "init_std": 0.1 * scale,
+        rule |= {"train_fraction": 1, "steps": 1100, "batch": 2**30, "init_std": 0.1 * scale,
                  "equal": 0, "control_variate": "off", "lr": 0.03 * scale, "beta2": 0.95,
                  "weight_decay": 0, "penalty": 0.1 * gamma}
     return rule
@@ -628,17 +642,17 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
     root = math.sqrt(1 - beta2**step)  # the bias corrections, taken out of the arrays
     size = lr * root / (1 - beta1**step)
     for name in params:
-        x, g, m, v = (group[name].reshape(-1) for group in (params, grads, first, second))
+        x, g, mean, square = (group[name].reshape(-1) for group in (params, grads, first, second))
         kept = 1 - lr * weight_decay if params[name].ndim > 1 else 1
         for part in slices(len(x), 4 * x.itemsize):
-            m[part] += (1 - beta1) * (g[part] - m[part])
-            v[part] += (1 - beta2) * (g[part] * g[part] - v[part])
+            mean[part] += (1 - beta1) * (g[part] - mean[part])
+            square[part] += (1 - beta2) * (g[part] * g[part] - square[part])
             x[part] *= kept
-            x[part] -= size * m[part] / (xp.sqrt(v[part]) + eps * root)
+            x[part] -= size * mean[part] / (xp.sqrt(square[part]) + eps * root)
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention: a transformer of one layer, without positions (Figures 3, 9, 10). The last number asks.
+# One layer of attention alone, without positions (Figures 3, 9, 10). The last number is the query.
 #
 #     E [p, d]             token embedding          W_Q, W_K, W_V [d, H, e]   H heads of width e
 #     b [H]                own score's bias         W_P [H, e, p]             projection to logits
@@ -671,8 +685,9 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
 
         S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e),     OV_h[a] = (x W_V^h W_P^h)_a
 
-    For x = E, the tokens, S is the attention matrix W^{KQ} of the paper's figures. Computed once
-    per token, not once per number of the batch. weights: W_Q, W_K, W_V, W_P, in this order.
+    For x = E, the tokens, S is the attention matrix E^T W^{KQ} E of the paper's figures, rows and
+    columns exchanged, over sqrt(e). Both are computed once per token, however often the batch holds
+    it. weights: W_Q, W_K, W_V, W_P, in this order.
     -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
     *read, write = weights
     v, d = x.shape
@@ -776,7 +791,8 @@ def head_spectrum(s):  # [H, p, p] -> centred [H, p, p], spectrum [H, p, p // 2 
 
 def head_spectra(params):
     """Each head's Fourier measures (Figures 3, 9, 10), as a dict of arrays on the host. All are of
-    S_h without row means, and of OV_h without row and column means, which change no answer.
+    S_h and OV_h without row means, which change no answer, and of OV_h without column means, which
+    are but a bias for each class.
     shares [H, 3]    of the power of S_h in its top one, two and three frequency pairs +-(u, v);
                      cos(2 pi u q/p) cos(2 pi v a/p) is two pairs, (u, v) and (-u, v), of half the
                      power each (one if u = 0)
@@ -803,7 +819,7 @@ def head_spectra(params):
         "shares": shares / xp.maximum(spectrum.sum(axis=1, keepdims=True), floor),
         "top": xp.stack([(u + p // 2) % p - p // 2, v], axis=2),
         "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
-        "size": size, "live": size >= 0.05 * size.max()}.items()}
+        "size": size, "live": size >= 0.05}.items()}
     live = found["live"]
     found["summary"] = {
         "top_two_share": float(np.median(found["shares"][live, 1])), "live_heads": int(live.sum()),
@@ -893,7 +909,8 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
     score = scale * xp.einsum("nihe,njhe->nijh", q, key)
     if not last:
         position = xp.arange(k)
-        score[:, position[:, None] < position] = -xp.inf
+        later = position[:, None] < position  # [i, j]
+        score = xp.where(later[:, :, None], -xp.inf, score)
     A = xp.exp(score - score.max(axis=2, keepdims=True))
     A /= A.sum(axis=2, keepdims=True)
     mix = xp.einsum("nijh,njhe->nihe", A, v).reshape(-1, heads * e)
@@ -913,10 +930,10 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
         dkey = scale * xp.einsum("nijh,nihe->njhe", dscore, q)
         # q, key, v = asks w_q, x w_k, x w_v
         dx, dweights = xp.zeros_like(x), []
-        for rows, w, d3 in ((asks, w_q, dq), (x, w_k, dkey), (x, w_v, dv)):
-            d3 = d3.reshape(-1, heads * e)
-            dweights.append((rows.reshape(-1, d).T @ d3).reshape(w.shape))
-            dx[:, k - rows.shape[1]:] += (d3 @ w.reshape(d, -1).T).reshape(rows.shape)
+        for rows, w, dz in ((asks, w_q, dq), (x, w_k, dkey), (x, w_v, dv)):
+            dz = dz.reshape(-1, heads * e)
+            dweights.append((rows.reshape(-1, d).T @ dz).reshape(w.shape))
+            dx[:, k - rows.shape[1]:] += (dz @ w.reshape(d, -1).T).reshape(rows.shape)
         return dx, [*dweights, dw_o.reshape(w_o.shape)]
     return y.reshape(asks.shape), backward
 
@@ -944,16 +961,16 @@ def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the 
 
 def transformer(params, a):  # [n, k] -> [n, p]
     """The network on inputs a -> logits, backward(dlogits) -> gradients, a dict like params."""
-    e, place, project = params["E"], params["P"], params["W_U"]
-    (p, d), k, layers = e.shape, len(place), (len(params) - 3) // len(ATTENTION + FORWARD)
-    table = (place[:, None] + e).reshape(k * p, d)
+    embedding, place, project = params["E"], params["P"], params["W_U"]
+    (p, d), k, layers = embedding.shape, len(place), (len(params) - 3) // len(ATTENTION + FORWARD)
+    table = (place[:, None] + embedding).reshape(k * p, d)
     tape = []
     for l in range(1, layers + 1):
         read, think = ([f"{name} {l}" for name in part] for part in (ATTENTION, FORWARD))
         weights = [params[name] for name in read]
         if l == 1:
             x, backward = first_attention(table, weights, a, p)
-        else:  # the last layer asks at the last position alone
+        else:  # the last layer asks only at the last position
             x, backward = residual(x, lambda z: self_attention(z, *weights, l == layers))
         tape.append((read, backward))
         x, backward = residual(x, lambda z: feed_forward(z, *(params[name] for name in think)))
@@ -966,16 +983,16 @@ def transformer(params, a):  # [n, k] -> [n, p]
         for names, layer_backward in reversed(tape):
             dx, dweights = layer_backward(dx)
             grads |= zip(names, dweights)
-        # table = place + e
+        # table = place + embedding
         dtable = dx.reshape(k, p, d)
         return grads | {"E": dtable.sum(axis=0), "P": dtable.sum(axis=1)}
     return z @ project, backward
 
 def transformer_settings(k=3, p=31, layers=1, **_):
     """The settings of transformers. lr is held up to the share hold of the steps, then goes to 0.
-    One layer needs a small start and the noise of a small batch, the more so the smaller k is: only
-    then do its collisions generalize. Late decay keeps heads clean and collisions unlearned: the
-    more of these there are, the less of it. Several layers: our Figure 4's light model."""
+    One layer needs a small start and the noise of a small batch, the more so the smaller k is, for
+    its collisions to generalize. Late decay keeps heads clean and collisions unlearned: the more
+    collisions there are, the less late decay. Several layers: our Figure 4's light model."""
     check_size(k, p)
     rule = {"k": k, "p": p, "layers": layers, "train_fraction": 0.5, "beta2": 0.98, "hold": 0.5}
     if layers != 1:
@@ -1001,10 +1018,15 @@ def embedding_spectra(params):
 # Runs: settings, one step, progress, and one .npz file each
 
 FORMAT = "fourier-circuits run, format 2"
-RANGES = {"train_fraction": (0, 1), "steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63),
-          "equal": (0, 0.99), "init_std": (1e-9, 1e6), "lr": (0, 1e3), "weight_decay": (0, 1e6),
-          "penalty": (0, 1e6), "penalty_power": (1, 16), "layers": (1, 100), "heads": (1, 10**6),
-          "d_head": (1, 10**6), "d_model": (1, 10**6), "d_ff": (1, 10**6)}
+PARTS = "train_loss", "train_accuracy", "test_loss", "test_accuracy"  # of a line of progress
+CHOICES = {"activation": ("power", "relu"), "control_variate": ("on", "off"),
+           "dtype": ("float32", "float64")}
+RANGES = {"steps": (1, 10**9), "batch": (1, 2**30), "seed": (0, 2**63), "layers": (1, 100),
+          "heads": (1, 10**6), "d_head": (1, 10**6), "d_model": (1, 10**6), "d_ff": (1, 10**6),
+          "train_fraction": (0, 1.0), "equal": (0, 0.99), "hold": (0, 0.99),
+          "init_std": (1e-9, 1e6), "lr": (0, 1e3), "beta2": (0, 0.9999),
+          "weight_decay": (0, 1e6), "late_decay": (0, 1.0),
+          "penalty": (0, 1e6), "penalty_power": (1, 16.0)}  # 16, not 16.0: whole numbers only
 
 def complete(given):
     """All settings of a run: those given, the others by its model's rule. Raises BadInput."""
@@ -1020,9 +1042,13 @@ def complete(given):
                            "--model or --layers")
     config = rule | given
     for name, (low, high) in RANGES.items():
-        if name in config and not low <= config[name] <= high:
-            raise BadInput(f"{name.replace('_', '-')} {config[name]} is out of range: it must lie "
+        value = config.get(name, high)
+        if not low <= value <= high or isinstance(high, int) and not isinstance(value, int):
+            raise BadInput(f"{name.replace('_', '-')} {value} is out of range: it must lie "
                            f"between {low} and {high}")
+    for name, choices in CHOICES.items():
+        if config.get(name, choices[0]) not in choices:
+            raise BadInput(f"{name.replace('_', '-')} must be one of {', '.join(choices)}")
     if config.get("activation") == "relu" and (config["max_margin"]
                                                or config["control_variate"] == "on"):
         raise BadInput("max-margin and control-variate are for the power activation, the one with "
@@ -1050,7 +1076,7 @@ def network_pieces(config, params, a=None):
         yield from mlp_pieces(params, a, config["activation"])
         return
     a = all_inputs(config["k"], config["p"]) if a is None else a
-    for rows in slices(len(a), 1, 1024):
+    for rows in slices(len(a), 1, 1024):  # 1024 inputs each
         yield a[rows], *model_of(config)[1](params, a[rows])
 
 @dataclass
@@ -1102,7 +1128,7 @@ def train_step(run):
     a = None if len(index) == p**k else digits(xp.asarray(index), k, p)
     quiet = params if config.get("control_variate") == "on" else None
     loss, grads, c = loss_and_gradients(network_pieces(config, params, a), len(index), quiet, run.c)
-    if quiet:
+    if quiet is not None:
         run.c = c.clip(0, 1)
     decay = 0
     if rms is None:
@@ -1179,14 +1205,17 @@ def rebuild(arrays):
             raise ValueError(name)
     for group in ("params", "first", "second"):
         setattr(run, group, {name: xp.asarray(arrays[f"{group} {name}"]) for name in run.params})
+    number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
     for line in meta["history"]:  # has numbers where reports and figures will look for them
-        names = ("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-        np.array([line[name] for name in (*names, *meta["history"][0])], float)
-    if (meta["format"] != FORMAT or not 0 <= int(meta["step"]) <= run.config["steps"]
-            or not finite(run.params)):
+        for name in (*PARTS, "step", *meta["history"][0]):
+            if not number(line[name]) and not (line[name] is None and name.startswith("test")):
+                raise ValueError(name)
+    train = np.unpackbits(arrays["train"], count=len(run.train)).astype(bool)
+    if not (meta["format"] == FORMAT and isinstance(meta["step"], int) and train.any()
+            and 0 <= meta["step"] <= run.config["steps"] and number(meta["seconds"])
+            and number(meta["c"]) and 0 <= meta["c"] <= 1 and finite(run.params)
+            and finite(run.first) and all(bool((x >= 0).all()) for x in run.second.values())):
         raise ValueError("meta")
     run.rng.bit_generator.state = meta["rng"]
-    train = np.unpackbits(arrays["train"], count=len(run.train)).astype(bool)
     return Run(run.config, run.params, run.first, run.second, train, run.rng,
-               arrays["power_at_init"], float(meta["c"]), int(meta["step"]),
-               float(meta["seconds"]), meta["history"])
+               arrays["power_at_init"], meta["c"], meta["step"], meta["seconds"], meta["history"])

@@ -4,7 +4,7 @@
     python train.py --k 3 --p 23 --max-margin       the largest normalized margin, half a minute
     python train.py --figure 1                      Figures 1, 5, 7 at full size: minutes
     python train.py --model transformer             one layer of attention, k = 3, p = 31: 2 minutes
-    python train.py --figure 3                      Figures 3, 9, 10, attention: 3 to 5 minutes
+                                                    --figure 3, 9, 10: 3 to 5 minutes
     python train.py --model transformer --layers 2 --k 2 --p 97     grokking, 1 to 2 minutes
     python train.py --figure 4 --k 3                its published size, 20 minutes
     python train.py --k 3 --p 23 --benchmark        milliseconds a step
@@ -27,7 +27,7 @@ import numpy as np
 import fourier_circuits as fc
 from analyze import Parser, print_report, report, run_main
 
-# The published sizes, the MLP's widths by default; 2, 6 and 8 show the runs of 1, 5, 7 again.
+# The published sizes, the MLP's widths by default; 2, 6, 8 show the runs of 1, 5, 7 again.
 FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23}}
 FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
 FIGURES |= {figure: {"model": "transformer", "k": k, "p": p}
@@ -56,19 +56,15 @@ NUMBERS = (  # name, type, meaning
     ("d_model", int, "width of a state"),
     ("d_ff", int, "width of a block's MLP"))
 
-
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="The defaults follow from k, p and the model: mlp_settings and "
-                    "transformer_settings in fourier_circuits.py.",
                     argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", choices=("mlp", "transformer"), help="default mlp, the network of Eq. 2")
     add("--figure", type=int, choices=sorted(FIGURES), help="the published settings of "
         "that figure; other flags override")
-    models = {"mlp": {}, "transformer": {"model": "transformer"},
-              "2 layers": {"model": "transformer", "layers": 2}}
-    rules = {name: fc.complete(given) for name, given in models.items()}
+    rules = {"mlp": fc.complete({}), "transformer": fc.complete({"model": "transformer"}),
+             "2 layers": fc.complete({"model": "transformer", "layers": 2})}  # from k and p
     for name, kind, meaning in NUMBERS:
         defaults = ", ".join(f"{model} {rule[name]:.4g}" for model, rule in rules.items()
                              if name in rule)
@@ -84,7 +80,6 @@ def parse(argv):
     add("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
     add("--benchmark", action="store_true", help="time the step, then stop")
     return vars(parser.parse_args(argv))
-
 
 class Progress:
     """One line that is written over on a terminal; plain lines, rarely, elsewhere."""
@@ -116,7 +111,6 @@ class Progress:
             text = "\r" + text[:shutil.get_terminal_size().columns - 1]
         print(text, end="\n" if last or not self.live else "", flush=True)
 
-
 def check_writable(path):
     """Raise BadInput, before any work, if a run cannot be saved at path. Leaves what is there."""
     if os.path.exists(path) and not os.path.isfile(path):
@@ -125,7 +119,6 @@ def check_writable(path):
         tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
     except OSError as error:
         raise fc.BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
-
 
 def claim(path, config):
     """Refuse an --out that cannot be written or that holds something else than this very run."""
@@ -141,7 +134,6 @@ def claim(path, config):
             raise fc.BadInput(f"{path} holds this run, stopped at step {old.step}; go on with "
                               f"--resume {path}, or choose another --out")
     check_writable(path)
-
 
 def train(run, out, save_every, resume_command):
     """Train to the last step, saving at the end, every save_every steps, and when stopped."""
@@ -174,7 +166,6 @@ def train(run, out, save_every, resume_command):
     for number, usual in handlers.items():
         signal.signal(number, usual)
 
-
 def benchmark(config):
     """Print the time of a step and, in turn with it, that of the MLP's five matrix products."""
     import resource  # here, as Windows has none
@@ -203,10 +194,10 @@ def benchmark(config):
             if gpu:
                 fc.xp.cuda.Device().synchronize()
             times[name].append(1000 * (time.perf_counter() - began))
-    device = fc.xp.cuda.runtime.getDeviceProperties(0)["name"].decode() if gpu else "CPU"
+    device = fc.xp.cuda.runtime.getDeviceProperties(0)["name"].decode() if gpu else "the CPU"
     sizes = ", ".join(f"{x} = {config[x]}" for x in ("k", "p", "m", "layers", "heads", "d_head",
                                                      "d_model", "d_ff") if x in config)
-    print(f"{sizes}, batch {n}, {config['dtype']}, {len(times['step']) - 3} steps on the {device}")
+    print(f"{sizes}, batch {n}, {config['dtype']}, {len(times['step']) - 3} steps on {device}")
     median = {name: statistics.median(taken[3:]) for name, taken in times.items()}
     for name, taken in median.items():
         print(f"  {name:18s} {taken:9.2f} ms (median)")
@@ -215,17 +206,15 @@ def benchmark(config):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"  peak memory        {peak / 2**(20 if sys.platform == 'darwin' else 10):9.0f} MiB")
     if gpu:
-        pool = fc.xp.get_default_memory_pool().total_bytes() / 2**20
-        print(f"  GPU memory         {pool:9.0f} MiB")
-
+        pool = fc.xp.get_default_memory_pool()
+        print(f"  GPU memory         {pool.total_bytes() / 2**20:9.0f} MiB")
 
 def products(config, n):
     """A function that does the five matrix products of the MLP's step on n inputs, nothing else."""
     k, p, m, dtype = (config[name] for name in ("k", "p", "m", "dtype"))
-    draw = lambda *shape: fc.xp.asarray(np.random.default_rng(0).standard_normal(shape, dtype))
-    x, u, h, w, logits = draw(n, k * p), draw(k * p, m), draw(n, m), draw(m, p), draw(n, p)
+    x, u, h, w, logits = (fc.xp.ones(shape, dtype) for shape in (
+        (n, k * p), (k * p, m), (n, m), (m, p), (n, p)))
     return lambda: (x @ u, h @ w, h.T @ logits, logits @ w.T, x.T @ h)
-
 
 def main(argv):
     flags = parse(argv)
@@ -263,14 +252,13 @@ def main(argv):
         claim(out, config)
         run = fc.new_run(config)
     out = out or resume
-    again = ["python", "train.py", "--resume", out]
-    again += ["--save-every", str(save_every)] if save_every else []
-    again += ["--device", device] if device != "auto" else []
-    train(run, out, save_every, shlex.join(again))
+    again = f"python train.py --resume {shlex.quote(out)}"
+    again += f" --save-every {save_every}" if save_every else ""
+    again += f" --device {device}" if device != "auto" else ""
+    train(run, out, save_every, again)
     print_report(report(run))
-    print(f"  saved to {out}; look inside with\n  {shlex.join(['python', 'analyze.py', out])}")
+    print(f"  saved to {out}; look inside with\n  python analyze.py {shlex.quote(out)}")
     return 0
-
 
 if __name__ == "__main__":
     run_main(main)
