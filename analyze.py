@@ -255,17 +255,18 @@ def print_groups(groups):
         print(f"{c['k']:3d} {c['p']:3d} {len(runs):5d} {min(run.step for run in runs):6d}  "
               "{:22s} {:22s} {:18s} {:20s} {:21s} {}".format(*cells, apart).rstrip())
 
-COLUMNS = {"single_frequency_fraction": "single {:7.2%}", "phase_error": "phase {:.4f}",
-           "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:.4f}",
-           "top_two_share": "top two {:.3f}", "live_heads": "live heads {:3d}",
-           "embedding_share": "embedding {:.3f}"}
+MEASURES = {  # of a run's state, in a line of progress and in a table of runs
+    "max_normalized_power": "power {:5.3f}", "single_frequency_fraction": "single {:5.3f}",
+    "phase_error": "phase {:.4f}", "top_two_share": "top two {:5.3f}", "live_heads": "live {:3d}",
+    "embedding_share": "embedding {:5.3f}", "frequencies_used": "freqs {:3d}",
+    "margin_ratio": "margin/gamma* {:6.4f}"}
 
 def print_table(reports):
     """One line a run."""
     print("  k   p     m  seed   steps    train     test  (m: neurons or heads)")
     for r in reports:
         start = "{k:3d} {p:3d} {:5d} {seed:5d} {steps:7d}  {train_accuracy:7.2%} {:>8s}"
-        ends = [text.format(shown(r[name])) for name, text in COLUMNS.items() if name in r]
+        ends = [text.format(shown(r[name])) for name, text in MEASURES.items() if name in r]
         print(start.format(r.get("m", r.get("heads")), f"{shown(r['test_accuracy']):.2%}", **r),
               *ends, sep="  ")
 

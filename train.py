@@ -25,7 +25,7 @@ import time
 import numpy as np
 
 import fourier_circuits as fc
-from analyze import Parser, print_report, report, run_main
+from analyze import MEASURES, Parser, print_report, report, run_main
 
 # The published sizes, the MLP's widths by default; 2, 6, 8 show the runs of 1, 5, 7 again.
 FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23}}
@@ -36,25 +36,34 @@ FIGURES[4] = {"model": "transformer", "layers": 2, "k": 2, "heads": 160, "d_head
               "d_model": 128, "d_ff": 512, "lr": 1e-3, "weight_decay": 1e-3}
 FIGURE_4_P = {2: 97, 3: 31, 4: 11, 5: 5}
 
-NUMBERS = (  # name, type, meaning
-    ("k", int, "numbers to add"),
-    ("p", int, "modulus"),
-    ("train_fraction", float, "share of all inputs to train on"),
-    ("steps", int, "training steps"),
-    ("batch", int, "inputs a step, all of them at most"),
-    ("lr", float, "AdamW's learning rate"),
-    ("weight_decay", float, "AdamW's weight decay"),
-    ("init_std", float, "of the first weights; a transformer's in units of 1/sqrt(fan-in)"),
-    ("seed", int, "of the split, the first weights and the batches"),
-    ("m", int, "neurons, 2^(2k-2) (p-1) in the paper"),
-    ("equal", float, "share of the steps in which all vectors have one size"),
-    ("penalty", float, "strength of the penalty ||theta||^penalty-power (Def. 3.1)"),
-    ("penalty_power", float, "1 is the paper's; k+1 makes it sum_i ||theta_i||^(k+1)"),
-    ("layers", int, "1: attention alone; more: positions, causal mask, MLPs"),
-    ("heads", int, "attention heads of a layer"),
-    ("d_head", int, "width of a head"),
-    ("d_model", int, "width of a state"),
-    ("d_ff", int, "width of a block's MLP"))
+NUMBERS = (  # name, type, smallest, largest, meaning
+    ("k", int, 2, 200, "numbers to add"),
+    ("p", int, 2, 10**9, "modulus"),
+    ("train_fraction", float, 0, 1, "share of all inputs to train on"),
+    ("steps", int, 1, 10**9, "training steps"),
+    ("batch", int, 1, 2**30, "inputs a step, all of them at most"),
+    ("lr", float, 0, 1e3, "AdamW's learning rate"),
+    ("weight_decay", float, 0, 1e6, "AdamW's weight decay"),
+    ("init_std", float, 1e-9, 1e6, "of the first weights; a transformer's times sqrt(fan-in)"),
+    ("seed", int, 0, 2**63, "of the split, the first weights and the batches"),
+    ("m", int, 1, 10**9, "neurons, 2^(2k-2) (p-1) in the paper"),
+    ("equal", float, 0, 0.99, "share of the steps in which all vectors have one size"),
+    ("penalty", float, 0, 1e6, "strength of the penalty ||theta||^penalty-power (Def. 3.1)"),
+    ("penalty_power", float, 1, 16, "1 is the paper's; k+1 makes it sum_i ||theta_i||^(k+1)"),
+    ("layers", int, 1, 100, "1: attention alone; more: positions, causal mask, MLPs"),
+    ("heads", int, 1, 10**6, "attention heads of a layer"),
+    ("d_head", int, 1, 10**6, "width of a head"),
+    ("d_model", int, 1, 10**6, "width of a state"),
+    ("d_ff", int, 1, 10**6, "width of a block's MLP"))
+
+def within(kind, low, high):
+    """A type of number for argparse, refused out of its range."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high}")
+        return value
+    return number
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,10 +74,11 @@ def parse(argv):
         "that figure; other flags override")
     rules = {"mlp": fc.complete({}), "transformer": fc.complete({"model": "transformer"}),
              "2 layers": fc.complete({"model": "transformer", "layers": 2})}  # from k and p
-    for name, kind, meaning in NUMBERS:
+    for name, kind, low, high, meaning in NUMBERS:
         defaults = ", ".join(f"{model} {rule[name]:.4g}" for model, rule in rules.items()
                              if name in rule)
-        add(f"--{name.replace('_', '-')}", type=kind, help=f"{meaning} (default {defaults})")
+        add(f"--{name.replace('_', '-')}", type=within(kind, low, high),
+            help=f"{meaning} (default {defaults})")
     add("--dtype", choices=("float32", "float64"), help="default float32")
     add("--activation", choices=("power", "relu"), help="of the mlp; default power: z^k")
     add("--control-variate", choices=("on", "off"), help="of the mlp's gradient; default on")
@@ -76,7 +86,8 @@ def parse(argv):
         help="train the mlp on all inputs for the largest normalized margin")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
     add("--out", metavar="FILE", help="run file (default: named after model, k, p, seed)")
-    add("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
+    add("--save-every", type=within(int, 0, 10**9), default=0, metavar="STEPS",
+        help="default: at the end only")
     add("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
     add("--benchmark", action="store_true", help="time the step, then stop")
     return vars(parser.parse_args(argv))
@@ -99,22 +110,15 @@ class Progress:
         left = (time.monotonic() - self.began) / done * (steps - line["step"])
         text = (f"step {line['step']:6d}  {left:4.0f} s left  loss {line['train_loss']:8.2e}"
                 f"  train {share(line['train_accuracy'])}  test {share(line['test_accuracy'])}")
-        for key, form in (("max_normalized_power", "power {:5.3f}"),
-                          ("single_frequency_fraction", "single {:5.3f}"),
-                          ("top_two_share", "top two {:5.3f}"), ("live_heads", "live {:3d}"),
-                          ("embedding_share", "embedding {:5.3f}"),
-                          ("frequencies_used", "freqs {:3d}"),
-                          ("margin_ratio", "margin/gamma* {:6.4f}")):
-            if key in line:
-                text += "  " + form.format(line[key])
+        for name, form in MEASURES.items():
+            if name in line:
+                text += "  " + form.format(line[name])
         if self.live:
             text = "\r" + text[:shutil.get_terminal_size().columns - 1]
         print(text, end="\n" if last or not self.live else "", flush=True)
 
 def check_writable(path):
     """Raise BadInput, before any work, if a run cannot be saved at path. Leaves what is there."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise fc.BadInput(f"cannot write {path}: it is not a regular file")
     try:
         tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
     except OSError as error:
@@ -123,11 +127,7 @@ def check_writable(path):
 def claim(path, config):
     """Refuse an --out that cannot be written or that holds something else than this very run."""
     if os.path.exists(path):
-        try:
-            old = fc.load_run(path)
-        except fc.BadInput:
-            raise fc.BadInput(f"{path} exists and is not a run that we can read; "
-                              "choose another --out") from None
+        old = fc.load_run(path)
         if old.config != config:
             raise fc.BadInput(f"{path} holds a run with other settings; choose another --out")
         if old.step < config["steps"]:
@@ -226,8 +226,6 @@ def main(argv):
         flags["p"] = FIGURE_4_P[flags["k"]]
     device, out, save_every, resume, timing = (
         flags.pop(name, None) for name in ("device", "out", "save_every", "resume", "benchmark"))
-    if save_every < 0:
-        raise fc.BadInput(f"--save-every {save_every} must be at least 0")
     fc.use_device(device)
     if resume:
         run = fc.load_run(resume)
