@@ -275,9 +275,8 @@ def print_neurons(run, count=3):
     measures = fc.neuron_spectra(run.params)
     order = np.argsort(-fc.to_host(fc.neuron_norms(run.params)))[:measures["live"].sum()]
     _, first = np.unique(measures["frequency"][order], return_index=True)
-    vectors = fc.neurons(run.params)
-    spectra = fc.to_host(fc.power_spectrum(vectors, axis=1))
-    vectors = fc.to_host(vectors)
+    vectors = fc.to_host(fc.neurons(run.params))
+    spectra = fc.power_spectrum(vectors, axis=1)
     for i in order[np.sort(first)[:count]]:
         print(f"\nneuron {i}: frequency {measures['frequency'][i]}, "
               f"{measures['concentration'][i]:.2%} of its power, phase error "
@@ -306,9 +305,8 @@ def pictures(run, count):
     """-> head_spectra; S_h without row means and its spectrum, query frequency 0 in the middle; the
     live heads, largest first; the first count of them that differ in key frequency.
     """
-    measures, params = fc.head_spectra(run.params), run.params
-    s = fc.circuits(params["E"], [params[name] for name in fc.HEADS])[0]
-    centred, spectrum = map(fc.to_host, fc.head_spectrum(s))
+    measures, (centred, _) = fc.head_spectra(run.params), fc.head_tables(run.params)
+    spectrum = fc.head_spectrum(centred)
     order = np.argsort(-measures["size"])[:measures["live"].sum()]
     _, first = np.unique(measures["top"][order, 0, 1], return_index=True)
     return (measures, centred, np.fft.fftshift(spectrum, axes=1), order,
@@ -394,7 +392,7 @@ def draw_mlp(run):
         vectors = vectors / abs(vectors).max(axis=1)[:, None]
         for x, (weights, power) in zip(vectors, axes):
             weights.plot(x, "o", ms=3, color=colour)
-            spectrum = fc.to_host(fc.power_spectrum(fc.xp.asarray(x)))
+            spectrum = fc.power_spectrum(x)
             power.bar(np.arange(p // 2 + 1) + shift, spectrum / spectrum.sum(), 0.4, color=colour)
     for j, (x, (weights, power)) in enumerate(zip(vectors, axes)):
         wave = np.fft.rfft(x) * (np.arange(p // 2 + 1) == measures["frequency"][one])

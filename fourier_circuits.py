@@ -49,6 +49,7 @@ xp = np
 CACHE_BYTES = 2**18  # elementwise work on large arrays goes in slices of this size; on a GPU larger
 SLICE_BYTES = 2**25  # of the MLP's hidden layer: larger batches go through it in slices
 MAX_BYTES = 2**31  # of the largest array
+TINY = 1e-30  # in a denominator, where all-zero weights have power 0, not 0/0
 
 class BadInput(ValueError):
     """What the user asked for cannot be done; the message says why and what to do, in one line."""
@@ -286,21 +287,20 @@ def normalized_margin(params, activation="power"):
     return evaluate(mlp_pieces(params, None, activation))["margin"] / (norm(params, nu) ** nu or 1)
 
 # ------------------------------------------------------------------------------------------------
-# Fourier analysis of the weights (Section 4). numpy's sign: x^(j) = sum_a x(a) e^(-2 pi i j a/p),
-# so that the phase of A cos(theta + 2 pi zeta a/p) is theta = arg x^(zeta).
+# Fourier analysis of the weights (Section 4), on the host. numpy's sign: x^(j) = sum_a x(a)
+# e^(-2 pi i j a/p), so that the phase of A cos(theta + 2 pi zeta a/p) is theta = arg x^(zeta).
 
 def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
     """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
-    spectrum = xp.moveaxis(xp.abs(xp.fft.rfft(x, axis=axis)) ** 2, axis, -1)
-    j, p = xp.arange(spectrum.shape[-1]), x.shape[axis]
+    x = np.moveaxis(to_host(x), axis, -1)
+    j, p = np.arange(x.shape[-1] // 2 + 1), x.shape[-1]
     fold = 2 - ((j == 0) | (2 * j == p)).astype(x.dtype)  # the mean and Nyquist have no partner
-    return xp.moveaxis(spectrum * fold, -1, axis)
+    return np.moveaxis(fold * np.abs(np.fft.rfft(x)) ** 2, -1, axis)
 
 def max_normalized_power(x, axis=-1):
     """The largest share of power at a zeta >= 1, the mean included in the whole; 1 = a cosine."""
-    spectrum = power_spectrum(x, axis)
-    waves = spectrum.take(xp.arange(1, spectrum.shape[axis]), axis)
-    return waves.max(axis) / xp.maximum(spectrum.sum(axis), xp.finfo(spectrum.dtype).tiny)
+    spectrum = np.moveaxis(power_spectrum(x, axis), axis, 0)
+    return spectrum[1:].max(axis=0) / np.maximum(spectrum.sum(axis=0), TINY)
 
 def expected_max_power(p):
     """Mean of max_normalized_power over Gaussian vectors of p numbers, p odd: 2 H_n/p, n = (p-1)/2,
@@ -320,37 +320,29 @@ def neuron_spectra(params):
     phase_error [m]     |theta_1 + .. + theta_k - theta_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
     live [m]            norm above a tenth of the largest
     summary             of the live neurons, for a line of progress"""
-    vectors, norms = neurons(params), neuron_norms(params)
+    vectors, norms = to_host(neurons(params)), to_host(neuron_norms(params))
     spectrum = power_spectrum(vectors, axis=1).sum(axis=0)  # [p // 2 + 1, m]
-    zeta = 1 + spectrum[1:].argmax(axis=0)
-    each = xp.arange(len(norms))
-    phases = xp.angle(xp.fft.rfft(vectors, axis=1)[:, zeta, each])
-    error = phases[:-1].sum(axis=0) - phases[-1]
-    floor = xp.finfo(spectrum.dtype).tiny  # an all-zero neuron has concentration 0, not 0/0
-    found = {name: to_host(value) for name, value in {
-        "frequency": zeta,
-        "concentration": spectrum[zeta, each] / xp.maximum(spectrum.sum(axis=0), floor),
-        "shares": max_normalized_power(vectors, axis=1),
-        "phases": phases,
-        "phase_error": xp.abs((error + math.pi) % (2 * math.pi) - math.pi),
-        "live": norms > 0.1 * norms.max()}.items()}
-    live = found["live"]
-    found["summary"] = {
-        "max_normalized_power": float(found["shares"][:, live].mean()),
-        "single_frequency_fraction": float((found["concentration"][live] > 0.95).mean()),
-        "frequencies_used": len(set(found["frequency"][live].tolist()))}
-    return found
+    zeta, each = 1 + spectrum[1:].argmax(axis=0), np.arange(len(norms))
+    concentration = spectrum[zeta, each] / np.maximum(spectrum.sum(axis=0), TINY)
+    shares = max_normalized_power(vectors, axis=1)
+    phases = np.angle(np.fft.rfft(vectors, axis=1)[:, zeta, each])
+    error = (phases[:-1].sum(axis=0) - phases[-1] + math.pi) % (2 * math.pi) - math.pi
+    live = norms > 0.1 * norms.max()
+    return {"frequency": zeta, "concentration": concentration, "shares": shares, "phases": phases,
+            "phase_error": abs(error), "live": live, "summary": {
+                "max_normalized_power": float(shares[:, live].mean()),
+                "single_frequency_fraction": float((concentration[live] > 0.95).mean()),
+                "frequencies_used": len(np.unique(zeta[live]))}}
 
 def ablate(params):
     """The causal check: the network restricted to each neuron's own frequency, and the rest.
     -> restricted, excluded, which add up to params (after Nanda et al. 2023, arXiv 2301.05217)."""
-    vectors = neurons(params)
+    vectors, zeta = to_host(neurons(params)), neuron_spectra(params)["frequency"]
     k, p, _ = params["u"].shape
-    zeta = xp.asarray(neuron_spectra(params)["frequency"])
-    transform = xp.fft.rfft(vectors, axis=1)
-    transform *= xp.arange(p // 2 + 1)[:, None] == zeta
-    kept = xp.fft.irfft(transform, n=p, axis=1).astype(vectors.dtype)
-    return [{"u": v[:k].copy(), "w": v[k].T.copy()} for v in (kept, vectors - kept)]
+    transform = np.fft.rfft(vectors, axis=1) * (np.arange(p // 2 + 1)[:, None] == zeta)
+    kept = np.fft.irfft(transform, n=p, axis=1).astype(vectors.dtype)
+    return [{"u": xp.asarray(v[:k]), "w": xp.asarray(v[k].T.copy())}
+            for v in (kept, vectors - kept)]
 
 def network_dft(params):
     """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f (Lemma F.2), complex [p, .., p].
@@ -677,11 +669,8 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
     it. weights: W_Q, W_K, W_V, W_P, in this order.
     -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
     *read, write = weights
-    v, d = x.shape
-    heads, e, _ = write.shape
-    scale = 1 / math.sqrt(e)
-    by_head = lambda w: (x @ w.reshape(d, -1)).reshape(v, heads, e).transpose(1, 0, 2)
-    query, key, value = map(by_head, read)  # [H, v, e]
+    scale = 1 / math.sqrt(write.shape[1])
+    query, key, value = (xp.tensordot(x, w, 1).transpose(1, 0, 2) for w in read)  # [H, v, e]
     s = scale * (query @ key.transpose(0, 2, 1))
     ov = value @ write
     def backward(ds, dov):
@@ -691,12 +680,11 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
         # s = scale query key^T
         dquery = scale * (ds @ key)
         dkey = scale * (ds.transpose(0, 2, 1) @ query)
-        # query, key, value = x w, by head
+        # query, key, value = x w
         dx, dread = 0, []
         for w, dy in zip(read, (dquery, dkey, dvalue)):
-            dy = dy.transpose(1, 0, 2).reshape(v, -1)  # [v, H e]
-            dx = dx + dy @ w.reshape(d, -1).T
-            dread.append((x.T @ dy).reshape(w.shape))
+            dx = dx + xp.tensordot(dy, w, ([0, 2], [1, 2]))
+            dread.append(xp.tensordot(x, dy, (0, 1)))
         return dx, [*dread, dwrite]
     return s, ov, backward
 
@@ -762,18 +750,22 @@ def attention(params, a):  # [n, k] -> [n, p]
         return {"E": de, **dict(zip(HEADS, dweights)), "b": db}
     return logits, backward
 
-def head_spectrum(s):  # [H, p, p] -> centred [H, p, p], spectrum [H, p, p // 2 + 1]
-    """S_h without the mean of each query's row, which no softmax can see, and its 2-D DFT power.
-    Entry [u, v]: query frequency u, key frequency v; (-u, -v), its equal in a real matrix, counted
-    in. (Of an even p, the pairs at v = p/2 stay apart.)"""
-    p = s.shape[1]
-    centred = s - s.mean(axis=2, keepdims=True)  # nothing is left at v = 0
-    fold = 2 - (2 * xp.arange(p // 2 + 1) == p).astype(s.dtype)
-    return centred, xp.abs(xp.fft.rfft2(centred)) ** 2 * fold
+def head_tables(params):
+    """S_h without the mean of each query's row, which no softmax can see, and OV_h without means of
+    rows and columns, a mere bias; float64, on the host, as their squares overflow float32."""
+    tables = circuits(params["E"], [params[name] for name in HEADS])[:2]
+    s, ov = (to_host(x).astype("float64") for x in tables)
+    ov = ov - ov.mean(axis=1, keepdims=True)
+    return s - s.mean(axis=2, keepdims=True), ov - ov.mean(axis=2, keepdims=True)
+
+def head_spectrum(s):  # [H, p, p] -> [H, p, p // 2 + 1]
+    """2-D DFT power. Entry [u, v]: query frequency u, key frequency v; (-u, -v), its equal in a
+    real matrix, counted in. (Of an even p, the pairs at v = p/2 stay apart.)"""
+    v, p = np.arange(s.shape[1] // 2 + 1), s.shape[1]
+    return np.abs(np.fft.rfft2(s)) ** 2 * (2 - (2 * v == p))
 
 def head_spectra(params):
-    """Each head's Fourier measures (Figures 3, 9, 10), as a dict of arrays on the host. All are of
-    S_h and OV_h less what changes no answer: row means, and column means of OV_h, a mere bias.
+    """Each head's Fourier measures (Figures 3, 9, 10) by head_tables, as a dict of host arrays.
     shares [H, 3]    of the power of S_h in its top one, two and three frequency pairs +-(u, v);
                      cos(2 pi u q/p) cos(2 pi v a/p) is two of them, (u, v) and (-u, v)
     top [H, 3, 2]    those pairs, -p/2 <= u < p/2 (query) and 0 <= v <= p/2 (key)
@@ -781,42 +773,34 @@ def head_spectra(params):
     size [H]         rms(S_h) rms(OV_h) over the largest
     live [H]         size at least a twentieth
     summary          of the live heads, for a line of progress; frequencies_used: of keys"""
-    tables = circuits(params["E"], [params[name] for name in HEADS])[:2]
-    s, ov = (x.astype("float64") for x in tables)  # whose squares overflow float32
+    s, ov = head_tables(params)
     p = s.shape[1]
-    centred, spectrum = head_spectrum(s)
-    spectrum = spectrum.reshape(len(s), -1)
-    floor = xp.finfo(spectrum.dtype).tiny
-    order = xp.argsort(-spectrum, axis=1)[:, :3]
-    shares = xp.cumsum(xp.take_along_axis(spectrum, order, axis=1), axis=1)
+    spectrum = head_spectrum(s).reshape(len(s), -1)
+    order = np.argsort(-spectrum, axis=1)[:, :3]
+    shares = np.cumsum(np.take_along_axis(spectrum, order, axis=1), axis=1)
+    shares /= np.maximum(spectrum.sum(axis=1, keepdims=True), TINY)
     u, v = order // (p // 2 + 1), order % (p // 2 + 1)
-    ov = ov - ov.mean(axis=2, keepdims=True)
-    ov = ov - ov.mean(axis=1, keepdims=True)
-    size = xp.sqrt((centred**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
-    size /= xp.maximum(size.max(), floor)
-    values = xp.linalg.svd(centred, compute_uv=False)
-    found = {name: to_host(x) for name, x in {
-        "shares": shares / xp.maximum(spectrum.sum(axis=1, keepdims=True), floor),
-        "top": xp.stack([(u + p // 2) % p - p // 2, v], axis=2),
-        "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
-        "size": size, "live": size >= 0.05}.items()}
-    live = found["live"]
-    found["summary"] = {
-        "top_two_share": float(np.median(found["shares"][live, 1])), "live_heads": int(live.sum()),
-        "frequencies_used": len(set(found["top"][live, 0, 1].tolist()))}
-    return found
+    top = np.stack([(u + p // 2) % p - p // 2, v], axis=2)
+    values = np.linalg.svd(s, compute_uv=False)
+    size = np.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
+    size /= np.maximum(size.max(), TINY)
+    live = size >= 0.05
+    return {"shares": shares, "top": top, "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
+            "size": size, "live": live, "summary": {
+                "top_two_share": float(np.median(shares[live, 1])), "live_heads": int(live.sum()),
+                "frequencies_used": len(np.unique(top[live, 0, 1]))}}
 
 def ablate_heads(params, keep=2):
     """The causal check: each S_h with its top frequency pairs only, and with all the others only.
     -> restricted, excluded: functions of inputs a [n, k] that give logits [n, p]."""
     s, ov, _ = circuits(params["E"], [params[name] for name in HEADS])
-    centred, spectrum = head_spectrum(s)
-    order = xp.argsort(-spectrum.reshape(len(s), -1), axis=1)[:, :keep]
-    mask = (xp.arange(spectrum[0].size) == order[:, :, None]).any(axis=1)
-    transform = xp.fft.rfft2(centred) * mask.reshape(spectrum.shape)
-    kept = xp.fft.irfft2(transform, s=s.shape[1:]).astype(s.dtype)
+    centred, _ = head_tables(params)
+    spectrum = head_spectrum(centred)
+    least = np.sort(spectrum.reshape(len(spectrum), -1), axis=1)[:, -keep, None, None]
+    kept = np.fft.irfft2(np.fft.rfft2(centred) * (spectrum >= least), s=s.shape[1:])
+    tables = [xp.asarray(x.astype(s.dtype)) for x in (kept, centred - kept)]
     return [lambda a, table=table: attend(table, ov, params["b"], a, a[:, -1])[0]
-            for table in (kept, centred - kept)]
+            for table in tables]
 
 # ------------------------------------------------------------------------------------------------
 # Transformers of several layers (Figure 4), after Power et al. 2022. Blocks, with a causal mask:
@@ -876,12 +860,9 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
 
         A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),    y_i = sum_h sum_j A_hij v_hj W_O^h
     """
-    n, k, d = x.shape
-    heads, e, _ = w_o.shape
-    scale = 1 / math.sqrt(e)
+    k, scale = x.shape[1], 1 / math.sqrt(w_o.shape[1])
     asks = x[:, -1:] if last else x  # [n, i, d]
-    project = lambda x, w: (x.reshape(-1, d) @ w.reshape(d, -1)).reshape(n, -1, heads, e)
-    q, key, v = project(asks, w_q), project(x, w_k), project(x, w_v)  # [n, i or j, H, e]
+    q, key, v = xp.tensordot(asks, w_q, 1), xp.tensordot(x, w_k, 1), xp.tensordot(x, w_v, 1)
     score = scale * xp.einsum("nihe,njhe->nijh", q, key)
     if not last:
         position = xp.arange(k)
@@ -889,13 +870,12 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
         score = xp.where(later[:, :, None], -xp.inf, score)
     A = xp.exp(score - score.max(axis=2, keepdims=True))
     A /= A.sum(axis=2, keepdims=True)
-    mix = xp.einsum("nijh,njhe->nihe", A, v).reshape(-1, heads * e)
-    y = mix @ w_o.reshape(-1, d)
+    mix = xp.einsum("nijh,njhe->nihe", A, v)
+    y = xp.tensordot(mix, w_o, 2)
     def backward(dy):
         # y = mix w_o
-        dy = dy.reshape(-1, d)
-        dw_o = mix.T @ dy
-        dmix = (dy @ w_o.reshape(-1, d).T).reshape(q.shape)
+        dw_o = xp.tensordot(mix, dy, ([0, 1], [0, 1]))
+        dmix = xp.tensordot(dy, w_o, (2, 2))
         # mix = sum_j A v
         dA = xp.einsum("nihe,njhe->nijh", dmix, v)
         dv = xp.einsum("nijh,nihe->njhe", A, dmix)
@@ -906,22 +886,20 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
         dkey = scale * xp.einsum("nijh,nihe->njhe", dscore, q)
         # q, key, v = asks w_q, x w_k, x w_v
         dx, dweights = xp.zeros_like(x), []
-        for rows, w, dz in ((asks, w_q, dq), (x, w_k, dkey), (x, w_v, dv)):
-            dz = dz.reshape(-1, heads * e)
-            dweights.append((rows.reshape(-1, d).T @ dz).reshape(w.shape))
-            dx[:, k - rows.shape[1]:] += (dz @ w.reshape(d, -1).T).reshape(rows.shape)
-        return dx, [*dweights, dw_o.reshape(w_o.shape)]
-    return y.reshape(asks.shape), backward
+        for seen, w, dz in ((asks, w_q, dq), (x, w_k, dkey), (x, w_v, dv)):
+            dweights.append(xp.tensordot(seen, dz, ([0, 1], [0, 1])))
+            dx[:, k - seen.shape[1]:] += xp.tensordot(dz, w, ([2, 3], [1, 2]))
+        return dx, [*dweights, dw_o]
+    return y, backward
 
 def feed_forward(x, w1, w2):  # [n, j, d], [d, f], [f, d] -> [n, j, d]
     """relu(x W_1) W_2."""
-    rows = x.reshape(-1, len(w1))
-    h, relu_backward = relu(rows @ w1)
+    h, relu_backward = relu(xp.tensordot(x, w1, 1))
     def backward(dy):
-        dy = dy.reshape(rows.shape)
-        dz = relu_backward(dy @ w2.T)
-        return (dz @ w1.T).reshape(x.shape), [rows.T @ dz, h.T @ dy]
-    return (h @ w2).reshape(x.shape), backward
+        dz = relu_backward(xp.tensordot(dy, w2, (2, 1)))
+        dw1, dw2 = (xp.tensordot(*pair, ([0, 1], [0, 1])) for pair in ((x, dz), (h, dy)))
+        return xp.tensordot(dz, w1, (2, 1)), [dw1, dw2]
+    return xp.tensordot(h, w2, 1), backward
 
 def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the layer answers these
     """x + layer(layernorm(x))."""
@@ -982,7 +960,7 @@ def transformer_settings(k=3, p=31, layers=1, **_):
 def embedding_spectra(params):
     """The token embedding's power by frequency, over all its columns, on the host: shares [p // 2],
     of the frequencies 1 .. p // 2; summary: that of the strongest tenth of them, rounded up."""
-    spectrum = to_host(power_spectrum(params["E"], axis=0).sum(axis=1)[1:])
+    spectrum = power_spectrum(params["E"], axis=0).sum(axis=1)[1:]
     shares = spectrum / spectrum.sum()
     tenth = math.ceil(len(shares) / 10)
     top = float(np.sort(shares)[-tenth:].sum())
@@ -1011,11 +989,10 @@ def complete(given):
         raise BadInput("max-margin and control-variate are for the power activation, the one with "
                        "a known gamma* and product term; leave them out")
     if model == "transformer":
-        k, p, layers, heads, d = (config[x] for x in ("k", "p", "layers", "heads", "d_model"))
-        seen, e, f = p if layers == 1 else k * p, config["d_head"], config.get("d_ff", 0)
-        weights, states = layers * d * (4 * heads * e + 2 * f), 1024 * k * (heads * e + f)
-        if 16 * (weights + states + heads * seen * (seen + max(d, p))) > MAX_BYTES:
-            raise BadInput("too large: weights, states and attention matrices of all heads exceed "
+        k, p, layers, heads, e, d, f = (config.get(x, 0) for x in (
+            "k", "p", "layers", "heads", "d_head", "d_model", "d_ff"))
+        if 16 * (layers * d * f + heads * (e + k * p) * (layers * d + k * p)) > MAX_BYTES:
+            raise BadInput("too large: weights and attention matrices of all heads exceed "
                            f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
 
@@ -1077,14 +1054,11 @@ def new_run(config):
 def train_step(run):
     """One step on a random batch: its gradient, penalty and decay where sizes are free, AdamW."""
     config, params = run.config, run.params
-    k, p, batch = config["k"], config["p"], config["batch"]
+    k, p, n = config["k"], config["p"], min(config["batch"], len(run.index))
     lr, rms = timetable(config, run.step)
-    index = run.index
-    if batch < len(index):
-        index = index[run.rng.integers(0, len(index), batch)]
-    a = None if len(index) == p**k else digits(xp.asarray(index), k, p)
+    a = sample_inputs(run.index, k, p, run.rng, n) if n < p**k else None
     quiet = params if config.get("control_variate") == "on" else None
-    loss, grads, c = loss_and_gradients(network_pieces(config, params, a), len(index), quiet, run.c)
+    loss, grads, c = loss_and_gradients(network_pieces(config, params, a), n, quiet, run.c)
     if quiet is not None:
         run.c = c.clip(0, 1)
     decay = 0
@@ -1100,10 +1074,6 @@ def train_step(run):
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, config["beta2"]))
     if rms is not None:
         standardize(params, rms)
-
-def finite(params):
-    """Whether no number has overflowed."""
-    return all(bool(xp.isfinite(x).all()) for x in params.values())
 
 def progress(run):
     """A line of history: cross-entropies and accuracies on up to 4096 fixed inputs of each part;

@@ -149,7 +149,7 @@ def train(run, out, save_every, resume_command):
         last, stop = run.step == steps, bool(stopped)
         log = last or run.step % every == 0
         save = last or stop or save_every and run.step % save_every == 0
-        if (log or save) and not fc.finite(run.params):
+        if (log or save) and not all(fc.xp.isfinite(x).all() for x in run.params.values()):
             raise fc.BadInput(f"the weights overflowed by step {run.step}; try a smaller --lr")
         if log:
             line = fc.progress(run)
