@@ -182,14 +182,14 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
         return dlogits
     return (xp.log(total)[:, 0] - x[each, y]).mean(), backward
 
-def gaussian(shapes, sizes, rng, dtype):
-    """{name: N(0, sizes[name]^2) of shapes[name]}, drawn on the host, so that CPU and GPU agree."""
-    return {name: xp.asarray((sizes[name] * rng.standard_normal(shape)).astype(dtype))
-            for name, shape in shapes.items()}
+def gaussian(weights, rng, dtype):
+    """{name: N(0, std^2)} for weights {name: (shape, std)}; drawn on the host, for any device."""
+    return {name: xp.asarray((std * rng.standard_normal(shape)).astype(dtype))
+            for name, (shape, std) in weights.items()}
 
 def init_mlp(rng, k, p, m, init_std, dtype="float32", **_):
     """{"u": [k, p, m], "w": [m, p]}, entries N(0, init_std^2)."""
-    return gaussian({"u": (k, p, m), "w": (m, p)}, {"u": init_std, "w": init_std}, rng, dtype)
+    return gaussian({"u": ((k, p, m), init_std), "w": ((m, p), init_std)}, rng, dtype)
 
 def mlp(params, a, activation="power", embed=embed_sum):  # [n, k] -> [n, p]
     """The network of Eq. 2 on inputs a; activation "power" (z^k) or "relu".
@@ -266,19 +266,18 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
 def evaluate(pieces):
     """What a network does on inputs that come in pieces (inputs, logits, ..); see mlp_pieces.
     -> dict: right, bool [n] on the host; accuracy; loss, mean cross-entropy; margin, the smallest,
-    h(theta); largest_margin; class_margin, the mean class-weighted margin (Def. 3.6)."""
-    right, loss, total, smallest, largest = [], 0.0, 0.0, math.inf, -math.inf
+    h(theta); largest_margin."""
+    right, loss, smallest, largest = [], 0.0, math.inf, -math.inf
     for a, logits, *_ in pieces:
         y = labels(a, logits.shape[1])
-        margin, weighted = margins(logits, y)
+        margin, _ = margins(logits, y)
         right.append(to_host(margin > 0))
         loss += float(cross_entropy(logits, y)[0]) * len(y)
-        total += float(weighted.sum(dtype="float64"))
         smallest = min(smallest, float(margin.min()))
         largest = max(largest, float(margin.max()))
     right = np.concatenate(right)
     return {"right": right, "accuracy": float(right.mean()), "loss": loss / len(right),
-            "margin": smallest, "largest_margin": largest, "class_margin": total / len(right)}
+            "margin": smallest, "largest_margin": largest}
 
 def normalized_margin(params, activation="power"):
     """h(theta) / ||theta||^nu, the margin of theta / ||theta||, over all of D_p. For z^k it is at
@@ -653,11 +652,10 @@ def collisions(k, p):  # -> bool [p^k], on the host
 
 def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **_):
     """Embedding N(0, init_std^2 / 4), weights N(0, init_std^2 / fan-in), b ~ N(0, 1)."""
-    shapes = {"E": (p, d_model), **dict.fromkeys(HEADS[:3], (d_model, heads, d_head)),
-              "W_P": (heads, d_head, p), "b": (heads,)}
-    sizes = {"E": init_std / 2, **dict.fromkeys(HEADS[:3], init_std / math.sqrt(d_model)),
-             "W_P": init_std / math.sqrt(heads * d_head), "b": 1}
-    return gaussian(shapes, sizes, rng, dtype)
+    read = (d_model, heads, d_head), init_std / math.sqrt(d_model)
+    write = (heads, d_head, p), init_std / math.sqrt(heads * d_head)
+    return gaussian({"E": ((p, d_model), init_std / 2), **dict.fromkeys(HEADS[:3], read),
+                     "W_P": write, "b": ((heads,), 1)}, rng, dtype)
 
 def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], OV [H, v, c]
     """What heads attend to and what they then write, for the v vectors that a first layer can see.
@@ -815,15 +813,13 @@ ATTENTION, FORWARD = ("W_Q", "W_K", "W_V", "W_O"), ("W_1", "W_2")
 def init_transformer(rng, k, p, layers, heads, d_head, d_model, d_ff, init_std, dtype="float32",
                      **_):
     """Entries N(0, init_std^2 / fan-in); of the embeddings N(0, init_std^2 / d_model)."""
-    d, read = d_model, (d_model, heads, d_head)
-    shapes = {"E": (p, d), "P": (k, d)}
+    d, std = d_model, init_std / math.sqrt(d_model)
+    read, write = ((d, heads, d_head), std), ((heads, d_head, d), init_std / math.sqrt(heads * d_head))
+    block = read, read, read, write, ((d, d_ff), std), ((d_ff, d), init_std / math.sqrt(d_ff))
+    weights = {"E": ((p, d), std), "P": ((k, d), std)}
     for l in range(1, layers + 1):
-        sizes = (read, read, read, (heads, d_head, d), (d, d_ff), (d_ff, d))
-        shapes |= {f"{name} {l}": size for name, size in zip(ATTENTION + FORWARD, sizes)}
-    shapes["W_U"] = d, p
-    fan_in = {"W_O": heads * d_head, "W_2": d_ff}
-    sizes = {name: init_std / math.sqrt(fan_in.get(name[:3], d)) for name in shapes}
-    return gaussian(shapes, sizes, rng, dtype)
+        weights |= {f"{name} {l}": size for name, size in zip(ATTENTION + FORWARD, block)}
+    return gaussian(weights | {"W_U": ((d, p), std)}, rng, dtype)
 
 def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     """Mean 0 and variance 1, without gain or bias: the weights that read it can hold a gain."""
@@ -1021,8 +1017,6 @@ class Run:
     first: dict  # AdamW's moments
     second: dict
     train: np.ndarray  # bool [p^k], see split
-    rng: np.random.Generator  # draws the batches
-    power_at_init: np.ndarray  # the shares of spectra before the first step
     c: float = 1.0  # of the control variate, for the next batch; see loss_and_gradients
     step: int = 0
     seconds: float = 0.0
@@ -1040,23 +1034,25 @@ def sample_inputs(index, k, p, rng, most=2**17):
         index = index[rng.integers(0, len(index), most)]
     return digits(xp.asarray(index), k, p)
 
+def stream(config, *names):
+    """A random generator by the seed and other numbers: split 0, weights 1, each step's batch 2,
+    progress 3 have their own."""
+    return np.random.default_rng([config["seed"], *names])
+
 def new_run(config):
-    """A run at step 0. Split, weights and batches have random streams of their own."""
-    stream = lambda i: np.random.default_rng([config["seed"], i])
+    """A run at step 0."""
     orbit = orbits(config["k"], config["p"]) if config.get("layers") == 1 else None
-    train = split(config["k"], config["p"], config["train_fraction"], stream(0), orbit)
-    init, _, spectra = model_of(config)
-    params = init(stream(1), **config)
+    train = split(config["k"], config["p"], config["train_fraction"], stream(config, 0), orbit)
+    params = model_of(config)[0](stream(config, 1), **config)
     moments = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
-    shares = spectra(params)["shares"].astype(config["dtype"])
-    return Run(config, params, *moments, train, stream(2), shares)
+    return Run(config, params, *moments, train)
 
 def train_step(run):
     """One step on a random batch: its gradient, penalty and decay where sizes are free, AdamW."""
     config, params = run.config, run.params
     k, p, n = config["k"], config["p"], min(config["batch"], len(run.index))
     lr, rms = timetable(config, run.step)
-    a = sample_inputs(run.index, k, p, run.rng, n) if n < p**k else None
+    a = sample_inputs(run.index, k, p, stream(config, 2, run.step), n) if n < p**k else None
     quiet = params if config.get("control_variate") == "on" else None
     loss, grads, c = loss_and_gradients(network_pieces(config, params, a), n, quiet, run.c)
     if quiet is not None:
@@ -1080,7 +1076,7 @@ def progress(run):
     in a max-margin run also the normalized margin over gamma*, on all of D_p."""
     config, params = run.config, run.params
     k, p = config["k"], config["p"]
-    line, rng = {"step": run.step}, np.random.default_rng([config["seed"], 3])
+    line, rng = {"step": run.step}, stream(config, 3)
     for name, part in (("train", run.train), ("test", ~run.train)):
         a = sample_inputs(np.flatnonzero(part), k, p, rng, 4096)
         seen = evaluate(network_pieces(config, params, a)) if len(a) else {}
@@ -1099,11 +1095,10 @@ def fingerprint(arrays):
 def save_run(path, run):
     """Write a run to an .npz file, whole or not at all, by way of path.part. Raises BadInput."""
     meta = {"format": FORMAT, "config": run.config, "step": run.step, "c": float(run.c),
-            "seconds": run.seconds, "history": run.history, "rng": run.rng.bit_generator.state}
+            "seconds": run.seconds, "history": run.history}
     arrays = {f"{group} {name}": to_host(x) for group in GROUPS
               for name, x in getattr(run, group).items()}
-    arrays |= {"train": run.train, "power_at_init": run.power_at_init,
-               "meta": np.array(json.dumps(meta))}
+    arrays |= {"train": run.train, "meta": np.array(json.dumps(meta))}
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
@@ -1131,9 +1126,6 @@ def load_run(path):
     if not (whole and known):
         raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
                        "give another file")
-    rng = np.random.default_rng()
-    rng.bit_generator.state = meta.pop("rng")
     groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in arrays.items()
                       if name.startswith(f"{group} ")} for group in GROUPS}
-    return Run(**groups, **meta, rng=rng, train=arrays["train"],
-               power_at_init=arrays["power_at_init"])
+    return Run(**meta, **groups, train=arrays["train"])

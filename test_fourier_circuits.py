@@ -407,7 +407,7 @@ def test_margins_norm_and_what_is_right(activation, nu, monkeypatch):
     assert (seen.pop("right") == (f.argmax(axis=1) == y)).all()
     assert seen == pytest.approx({
         "accuracy": (f.argmax(axis=1) == y).mean(), "loss": fc.cross_entropy(f, y)[0],
-        "margin": margin.min(), "largest_margin": margin.max(), "class_margin": weighted.mean()},
+        "margin": margin.min(), "largest_margin": margin.max()},
         rel=1e-10)
     norm = plain_penalty(*params.values(), nu, 1) / 0.3
     assert fc.norm(params, nu) == pytest.approx(norm, rel=1e-13)
@@ -673,8 +673,7 @@ def advance(run, steps=None):
 
 def assert_same(a, b):
     assert a.config == b.config and a.step == b.step and a.history == b.history and a.c == b.c
-    assert (a.train == b.train).all() and (a.power_at_init == b.power_at_init).all()
-    assert a.rng.bit_generator.state == b.rng.bit_generator.state
+    assert (a.train == b.train).all()
     for group in ("params", "first", "second"):
         x, y = getattr(a, group), getattr(b, group)
         assert close(x, y, rel=0, abs=0) and all(x[name].dtype == y[name].dtype for name in x)
@@ -692,7 +691,7 @@ def test_a_step_is_what_is_written(settings, steps):
     fc.train_step(run)
     k, p, params, index = config["k"], config["p"], old.params, old.index
     if config["batch"] < len(index):
-        index = index[old.rng.integers(0, len(index), config["batch"])]
+        index = index[rng([0, 2, steps]).integers(0, len(index), config["batch"])]
     pieces = fc.network_pieces(config, params, fc.all_inputs(k, p)[index])
     quiet = params if config.get("control_variate") == "on" else None
     loss, gradients, c = fc.loss_and_gradients(pieces, len(index), quiet, old.c)
@@ -726,7 +725,7 @@ def test_seeds_and_batches(monkeypatch):
     """Another seed is another split, other weights, other batches; each training input comes."""
     run, other, drawn = small_run(), small_run(seed=1), []
     assert (run.train != other.train).any() and (run.params["w"] != other.params["w"]).all()
-    assert run.rng.random() != other.rng.random()
+    assert fc.stream(run.config, 2, 0).random() != fc.stream(other.config, 2, 0).random()
     assert close(run.params, fc.init_mlp(rng([0, 1]), **run.config), rel=0, abs=0)
     lots = (np.float64(9), zero(run.params), np.float64(1.2))
     monkeypatch.setattr(fc, "network_pieces", lambda config, params, a: drawn.append(a))
@@ -814,7 +813,7 @@ TINY = "--k 2 --p 7 --steps 60 --batch 16"
      "single-frequency|at random|phase error|of gamma*|efficiency|3 used|u_2|Lemma F.2"),
     (f"{TINY} --max-margin --m 9", "max-margin-k2-p7-seed0", "of gamma*|test -"),
     ("--model transformer --k 3 --p 7 --heads 9 --steps 60 --seed 1", "transformer-k3-p7-seed1",
-     "held-out orbits|collisions|rank of S_h|restricted|key frequencies|S_h (rows: query"),
+     "held-out orbits|collisions|rank of S_h|restricted|key frequencies|top three pairs"),
     (f"{TINY} --model transformer --layers 2", "transformer2-k2-p7-seed0",
      "99% of test|gap|embedding's power|its spectrum")])
 def test_train_then_analyze(flags, name, words, tmp_path, monkeypatch, capsys):
