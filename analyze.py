@@ -6,7 +6,6 @@
     python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
                                                     2 layers: one line a configuration; Figure 4
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
-                                                    (k = 4, p = 23: half a minute)
 """
 
 import argparse
@@ -44,8 +43,7 @@ def run_main(main):
     print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr)
     sys.exit(2)
 
-# ------------------------------------------------------------------------------------------------
-# The report: what a trained network is and does, as numbers and as text
+# ---- The report: what a trained network is and does, as numbers and as text ----------------------
 
 def report(run):
     """All that is printed of a run, as a dict ready for JSON. Measured on all of D_p, but for the
@@ -58,10 +56,7 @@ def report(run):
     measures["at_init"] = spectra(fc.new_run(config).params)["shares"]
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
     about = report_neurons if layers is None else report_heads if layers == 1 else report_embedding
-    sizes = ("model", "k", "p", "m", "activation", "layers", "heads", "d_head", "d_model", "d_ff",
-             "train_fraction", "seed")
-    return {**{name: config[name] for name in sizes if name in config},
-            "steps": run.step, "seconds": round(run.seconds, 2),
+    return {**config, "steps": run.step, "seconds": round(run.seconds, 2),
             "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
             **measures["summary"], **about(run, whole, measures, sample)}
@@ -179,9 +174,9 @@ class Text(string.Formatter):
             return ", ".join(format(y, form) for y in x)
         return "-" if x is None else format(x, form)
 
-def bars(x, low=None, high=None):
+def bars(x, low=None):
     """Numbers as a row of blocks. bars([0, 1, 2]) -> ' ▄█'."""
-    low, high = np.min(x) if low is None else low, np.max(x) if high is None else high
+    low, high = np.min(x) if low is None else low, np.max(x)
     level = np.round(8 * (np.asarray(x) - low) / ((high - low) or 1)).astype(int)
     return "".join(" ▁▂▃▄▅▆▇█"[i] for i in level)
 
@@ -307,8 +302,7 @@ def print_theory(k, p):
         for what, got, wanted, error in fc.theory_check(params):
             print(f"  {what:40s} {got:22.15e} {wanted:22.15e}  {error:.1e}")
 
-# ------------------------------------------------------------------------------------------------
-# Figures: one style, two colours
+# ---- Figures: one style, two colours -------------------------------------------------------------
 
 BEFORE, AFTER = "#b8a88a", "#1f5f99"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
@@ -418,8 +412,6 @@ def draw_attention(run, count=4):
 
 def draw_groups(groups, directory, name="grokking"):
     """Figure 4: accuracies over steps, a panel a group, mean and range over its seeds."""
-    if not all(run.history for runs in groups.values() for run in runs):
-        raise fc.BadInput("a run was stopped before its first line of progress: nothing to draw")
     figure = new_figure(2.6 * len(groups) + 0.6, 4)
     axes = figure.subplots(2, len(groups), sharex="col", sharey=True, squeeze=False)
     for ((k, p, apart), runs), (above, below) in zip(groups.items(), axes.T):
@@ -430,7 +422,7 @@ def draw_groups(groups, directory, name="grokking"):
         below.set_xlabel("step")
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("embedding's power in\nthe top tenth of frequencies")
-    axes[0, 0].legend()
+    axes[0, 0].legend(handles=axes[0, 0].lines)
     save_figure(figure, directory, name)
 
 def draw_widths(reports, directory):

@@ -42,8 +42,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# ------------------------------------------------------------------------------------------------
-# Arrays: every array of a network lives in xp, which is numpy or cupy.
+# ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
 
 xp = np
 CACHE_BYTES = 2**18  # elementwise work on large arrays goes in slices of this size; on a GPU larger
@@ -87,8 +86,7 @@ def slices(count, row_bytes, most=None):
     step = max(1, int((most or CACHE_BYTES) // row_bytes))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
-# ------------------------------------------------------------------------------------------------
-# Data: D_p, all p^k inputs with their sums modulo p (Eq. 1)
+# ---- Data: D_p, all p^k inputs with their sums modulo p (Eq. 1) ----------------------------------
 
 def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
@@ -130,8 +128,7 @@ def split(k, p, fraction, rng, orbit=None):
     chosen[rng.permutation(total)[:count]] = True
     return chosen[member]
 
-# ------------------------------------------------------------------------------------------------
-# The network: f(theta, a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2)
+# ---- The network: f(theta, a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2) ----
 
 def embed_sum(u, a):  # [k, p, m], [n, k] -> [n, m]
     """z = u_1[a_1] + .. + u_k[a_k], as one product of one-hot rows with a [k p, m] table."""
@@ -203,9 +200,8 @@ def mlp(params, a, activation="power", embed=embed_sum):  # [n, k] -> [n, p]
     return h @ w, backward
 
 def mlp_pieces(params, a=None, activation="power"):
-    """mlp, a slice of the inputs at a time: yields (inputs, logits, backward).
-    a: inputs [n, k]; None: all of D_p in order, where the p inputs that differ only in a_k come
-    together and share the sum of all that is before it."""
+    """mlp, a slice of the inputs at a time: yields (inputs, logits, backward). a: [n, k]; None: all
+    of D_p in order, where p inputs that differ only in a_k share the sum of all before it."""
     k, p, _ = params["u"].shape
     row_bytes = params["w"][:, 0].nbytes
     if a is not None:
@@ -216,8 +212,7 @@ def mlp_pieces(params, a=None, activation="power"):
         inputs = digits(xp.arange(rows.start * p, rows.stop * p), k, p)
         yield inputs, *mlp(params, inputs[::p, :-1], activation, embed_grid)
 
-# ------------------------------------------------------------------------------------------------
-# The norm (Def. B.2), its penalty (Def. 3.1), the largest normalized margin (Theorem 4.1); margins
+# ---- Norm (Def. B.2), penalty (Def. 3.1), margins, the largest of them (Theorem 4.1) -------------
 
 def neuron_norms(params):  # -> [m]
     """||theta_i||_2 over the (k+1) p numbers of each neuron."""
@@ -280,14 +275,13 @@ def evaluate(pieces):
             "margin": smallest, "largest_margin": largest}
 
 def normalized_margin(params, activation="power"):
-    """h(theta) / ||theta||^nu, the margin of theta / ||theta||, over all of D_p. For z^k it is at
-    most gamma*."""
+    """h(theta) / ||theta||^nu, the margin of theta / ||theta|| over D_p; for z^k at most gamma*."""
     nu = degree(len(params["u"]), activation)
     return evaluate(mlp_pieces(params, None, activation))["margin"] / (norm(params, nu) ** nu or 1)
 
-# ------------------------------------------------------------------------------------------------
-# Fourier analysis of the weights (Section 4), on the host. numpy's sign: x^(j) = sum_a x(a)
-# e^(-2 pi i j a/p), so that the phase of A cos(theta + 2 pi zeta a/p) is theta = arg x^(zeta).
+# ---- Fourier analysis of the weights (Section 4), on the host ------------------------------------
+# numpy's sign: x^(j) = sum_a x(a) e^(-2 pi i j a/p), so that A cos(theta + 2 pi zeta a/p) has
+# theta = arg x^(zeta).
 
 def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
     """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
@@ -302,8 +296,8 @@ def max_normalized_power(x, axis=-1):
     return spectrum[1:].max(axis=0) / np.maximum(spectrum.sum(axis=0), TINY)
 
 def expected_max_power(p):
-    """Mean of max_normalized_power over Gaussian vectors of p numbers, p odd: 2 H_n/p, n = (p-1)/2,
-    H_n the harmonic number. expected_max_power(23) -> 0.263; None for even p."""
+    """Mean of max_normalized_power over Gaussian vectors: 2 H_n/p, n = (p-1)/2 (harmonic number),
+    for odd p, else None. expected_max_power(23) -> 0.263"""
     return sum(2 / i for i in range(1, (p + 1) // 2)) / p if p % 2 else None
 
 def neurons(params):  # -> [k+1, p, m]
@@ -352,8 +346,7 @@ def network_dft(params):
     f = xp.concatenate([logits for _, logits, _ in mlp_pieces(params)])
     return xp.fft.fftn(f.reshape((p,) * (k + 1)))
 
-# ------------------------------------------------------------------------------------------------
-# From the weights alone, without the p^k inputs; power activation only.
+# ---- From the weights alone, without the p^k inputs; power activation only -----------------------
 # Why a neuron of the best network is a cosine (Lemma 4.2): its mean class-weighted margin is a sum
 # over frequencies of |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error). The norm fixes the sum of all
 # squares; with k+1 >= 3 factors the sum is largest where all power is at one frequency, shared
@@ -380,17 +373,15 @@ def margin_bound(params):
     return float(means.min())
 
 def efficiency(params):  # -> [m]
-    """Each neuron's class-weighted margin at unit norm over gamma* (Lemmas 4.2, D.8).
-    That margin is sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k). For odd p the result is in [-1, 1], 1
-    for a cosine with its phases in order; for even p a cosine reaches (p-2+r)/(p-1),
-    r = 2^(-(k-1)/2), a Nyquist neuron 1/r times that."""
+    """Each neuron's class-weighted margin at unit norm, sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k),
+    over gamma* (Lemmas 4.2, D.8). For odd p in [-1, 1], 1 for a cosine with its phases in order;
+    for even p a cosine reaches (p-2+r)/(p-1), r = 2^(-(k-1)/2), a Nyquist neuron 1/r of that."""
     k, p, _ = params["u"].shape
     norms = xp.maximum(neuron_norms(params), xp.finfo(params["u"].dtype).tiny)
     unit = {"u": params["u"] / norms, "w": params["w"] / norms[:, None]}
     return neuron_dft(unit).real.sum(axis=0) / ((p - 1) * float(p) ** k * max_margin(k, p))
 
-# ------------------------------------------------------------------------------------------------
-# Theory: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1)
+# ---- Theory: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1) --------------
 
 def half_of_all_signs(k):  # -> [2^(k-1), k]
     """All of {-1, 1}^k with first sign +1."""
@@ -420,12 +411,11 @@ def paper_network(k, p):
 def rotated_network(k, p):
     """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
     All phases turn together, by psi_s = pi s/(k+1) for s = 0 .. k, those of w by k psi_s. The signs
-    of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). Write the cosines of the
-    x_j as exponentials and multiply by e^(-i (y + k psi_s)), half of the last one: the term with q
-    minus signs keeps e^(-2 i q psi_s), which adds up over s to k+1 for q = 0 and else to 0. So only
-    cos(x_1 + .. + x_k - y) is left.
-    Even p (parity, p = 2, included) has (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) more for the
-    Nyquist frequency, where cos(x_j) = (-1)^a_j needs no turning."""
+    of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). With the x_j's cosines
+    as exponentials, times e^(-i (y + k psi_s)), the term with q minus signs keeps e^(-2 i q psi_s),
+    whose sum over s is k+1 for q = 0 and else 0: only cos(x_1 + .. + x_k - y) is left. Even p (2,
+    parity, too) has (k+1) 2^(k-2) (p-2) of these and 2^(k-1) for the Nyquist frequency, where
+    cos(x_j) = (-1)^a_j needs no turning."""
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
     amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
@@ -452,9 +442,8 @@ def cosine_network(k, p, amplitudes, phases):
 def theory_check(params):
     """Compare a network of norm 1 with Theorem 4.1 (G.2) on all p^k inputs, by brute force.
     For odd p it is max-margin if and only if f(a)[c] = gamma* (1{c = sum a} - 1/p), so that all
-    wrong classes are alike (Condition 3.8); for even p our network has this f too. For odd p also
-    the dual, the Lagrange condition at the maximum: with g' the class-weighted margin,
-    grad_i E g' = (k+1) gamma* ||theta_i||^(k-1) theta_i.
+    wrong classes are alike (Condition 3.8); for even p ours has this f too. For odd p also the
+    Lagrange condition: the mean class-weighted margin has gamma* times the penalty's gradient.
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
     gamma, onehot, spread, deviation = max_margin(k, p), xp.eye(p), 0.0, 0.0
@@ -484,15 +473,13 @@ def theory_check(params):
         f[places] = 0
         rows += [("f^ elsewhere, largest (Lemma F.2)", float(f.max()), 0, size)]
     if p % 2:
-        c = (k + 1) * gamma * neuron_norms(params) ** (k - 1)
-        ideal = {"u": c * params["u"], "w": c[:, None] * params["w"]}
+        _, ideal = penalty(params, gamma, k + 1, k + 1)
         residual = max(float(xp.abs(dual[name] - ideal[name]).max()) for name in dual)
         largest = max(float(xp.abs(x).max()) for x in ideal.values())
         rows += [("dual condition, residual", residual, 0, largest)]
     return [(what, got, wanted, abs(got - wanted) / unit) for what, got, wanted, unit in rows]
 
-# ------------------------------------------------------------------------------------------------
-# Learning: one loss, cross-entropy; a control variate that quiets its gradient; AdamW
+# ---- Learning: one loss, cross-entropy; a control variate that quiets its gradient; AdamW --------
 
 def product_term(params, a):  # [n, k] -> scalar, {"u": du, "w": dw}
     """A quiet estimate of the linear part of cross-entropy, and its gradients.
@@ -551,11 +538,10 @@ def loss_and_gradients(pieces, n, quiet=None, c=0):
             toward = (xp.eye(p, dtype=logits.dtype)[y] - 1 / p) / n
             best = best - (dlogits * toward).sum() * (n * p / (p - 1))
             dlogits = dlogits + c * toward
+            put_back = product_term(quiet, a)[1]
         for name, d in backward(dlogits).items():
+            d = d if quiet is None else d + share * (c * put_back[name])
             grads[name] = grads[name] + d if name in grads else d
-        if quiet is not None:
-            for name, d in product_term(quiet, a)[1].items():
-                grads[name] = grads[name] + share * (c * d)
     return loss, grads, best
 
 def natural_scale(k, p, m, margin=10):
@@ -629,9 +615,8 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
             x[part] *= kept
             x[part] -= size * mean[part] / (xp.sqrt(square[part]) + eps * root)
 
-# ------------------------------------------------------------------------------------------------
-# One layer of attention alone, without positions (Figures 3, 9, 10). The last number is the query.
-#
+# ---- One layer of attention alone, without positions (Figures 3, 9, 10) --------------------------
+# The last number is the query.
 #     E [p, d]             token embedding          W_Q, W_K, W_V [d, H, e]   H heads of width e
 #     b [H]                own score's bias         W_P [H, e, p]             projection to logits
 
@@ -663,9 +648,8 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
         S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e),     OV_h[a] = (x W_V^h W_P^h)_a
 
     For x = E, the tokens, S is the attention matrix E^T W^{KQ} E of the paper's figures, rows and
-    columns exchanged, over sqrt(e). Both are computed once per token, however often the batch holds
-    it. weights: W_Q, W_K, W_V, W_P, in this order.
-    -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
+    columns exchanged, over sqrt(e). Both are computed once per token, however often a batch has it.
+    weights: W_Q, W_K, W_V, W_P. -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
     *read, write = weights
     scale = 1 / math.sqrt(write.shape[1])
     query, key, value = (xp.tensordot(x, w, 1).transpose(1, 0, 2) for w in read)  # [H, v, e]
@@ -800,13 +784,11 @@ def ablate_heads(params, keep=2):
     return [lambda a, table=table: attend(table, ov, params["b"], a, a[:, -1])[0]
             for table in tables]
 
-# ------------------------------------------------------------------------------------------------
-# Transformers of several layers (Figure 4), after Power et al. 2022. Blocks, with a causal mask:
-# x += attention(layernorm(x)), x += relu(layernorm(x) W_1) W_2. Logits at the last position.
-#
+# ---- Transformers of several layers (Figure 4), after Power et al. 2022 --------------------------
+# Blocks, with a causal mask: x += attention(layernorm(x)), x += relu(layernorm(x) W_1) W_2.
 #     E [p, d]   token embedding                     W_Q, W_K, W_V [d, H, e]   of layer 1: "W_Q 1"
 #     P [k, d]   position embedding                  W_O [H, e, d]
-#     W_U [d, p] logits                              W_1 [d, f], W_2 [f, d]
+#     W_U [d, p] logits at the last position         W_1 [d, f], W_2 [f, d]
 
 ATTENTION, FORWARD = ("W_Q", "W_K", "W_V", "W_O"), ("W_1", "W_2")
 
@@ -814,8 +796,9 @@ def init_transformer(rng, k, p, layers, heads, d_head, d_model, d_ff, init_std, 
                      **_):
     """Entries N(0, init_std^2 / fan-in); of the embeddings N(0, init_std^2 / d_model)."""
     d, std = d_model, init_std / math.sqrt(d_model)
-    read, write = ((d, heads, d_head), std), ((heads, d_head, d), init_std / math.sqrt(heads * d_head))
-    block = read, read, read, write, ((d, d_ff), std), ((d_ff, d), init_std / math.sqrt(d_ff))
+    read, write = (d, heads, d_head), (heads, d_head, d)
+    block = [*[(read, std)] * 3, (write, init_std / math.sqrt(heads * d_head)),
+             ((d, d_ff), std), ((d_ff, d), init_std / math.sqrt(d_ff))]
     weights = {"E": ((p, d), std), "P": ((k, d), std)}
     for l in range(1, layers + 1):
         weights |= {f"{name} {l}": size for name, size in zip(ATTENTION + FORWARD, block)}
@@ -962,8 +945,7 @@ def embedding_spectra(params):
     top = float(np.sort(shares)[-tenth:].sum())
     return {"shares": shares, "summary": {"embedding_share": top}}
 
-# ------------------------------------------------------------------------------------------------
-# Runs: settings, one step, progress, and one .npz file each
+# ---- Runs: settings, one step, progress, and one .npz file each ----------------------------------
 
 FORMAT = "fourier-circuits run, format 3"
 GROUPS = "params", "first", "second"
@@ -1003,11 +985,9 @@ def model_of(config):
 def network_pieces(config, params, a=None):
     """mlp_pieces for every model: the network on inputs a, or (None) on all of D_p in order."""
     if config["model"] == "mlp":
-        yield from mlp_pieces(params, a, config["activation"])
-        return
-    a = all_inputs(config["k"], config["p"]) if a is None else a
-    for rows in slices(len(a), 1, 1024):  # 1024 inputs each
-        yield a[rows], *model_of(config)[1](params, a[rows])
+        return mlp_pieces(params, a, config["activation"])
+    a, network = all_inputs(config["k"], config["p"]) if a is None else a, model_of(config)[1]
+    return ((a[rows], *network(params, a[rows])) for rows in slices(len(a), 1, 1024))
 
 @dataclass
 class Run:
@@ -1112,7 +1092,7 @@ def save_run(path, run):
         raise BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
 
 def load_run(path):
-    """Read a run back, without pickle. Raises BadInput for a file that is not a whole run."""
+    """The run in a file. Raises BadInput for a file that is not a whole run of this version."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -90,8 +90,7 @@ def check_gradient(layer, *inputs, h=1e-4, rel=1e-8):
         assert abs(slope) > 1e-3  # a direction that could have shown an error
 
 
-# ------------------------------------------------------------------------------------------------
-# Theorems and lemmas
+# ---- Theorems and lemmas -------------------------------------------------------------------------
 
 def test_gamma_star_of_the_paper():
     for p in (3, 23, 97):
@@ -209,8 +208,7 @@ def test_product_term_is_quiet(k, ratio):
     assert variance[0] / variance[1] == pytest.approx(ratio, rel=0.4)
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers, each as one writes it, and their gradients
+# ---- Layers, each as one writes it, and their gradients ------------------------------------------
 
 def plain_norm(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -367,8 +365,7 @@ def test_first_weights(init, expected):
         assert x.std() == pytest.approx(expected[name], rel=5 / math.sqrt(2 * x.size))
 
 
-# ------------------------------------------------------------------------------------------------
-# Data and margins
+# ---- Data and margins ----------------------------------------------------------------------------
 
 def test_all_inputs_and_their_split():
     assert fc.all_inputs(2, 3).tolist() == [[i, j] for i in range(3) for j in range(3)]
@@ -420,8 +417,7 @@ def test_margins_norm_and_what_is_right(activation, nu, monkeypatch):
     assert all((x == 0).all() for x in fc.penalty(none, 0.3, nu, 1)[1].values())
 
 
-# ------------------------------------------------------------------------------------------------
-# Learning
+# ---- Learning ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("limit", [2**25, 200])
 @pytest.mark.parametrize("c", [0, 0.3, 1])
@@ -529,8 +525,7 @@ def test_timetable():
             (pytest.approx(x * y), None) for x, y in zip(warm, down)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Fourier analysis
+# ---- Fourier analysis ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", [2, 3, 8, 9, 23])
 def test_power_spectrum_folds(p):
@@ -583,8 +578,7 @@ def test_embedding_spectra(p, top):
     assert s["summary"]["embedding_share"] == pytest.approx(top)
 
 
-# ------------------------------------------------------------------------------------------------
-# Attention: its symmetry and its spectra
+# ---- Attention: its symmetry and its spectra -----------------------------------------------------
 
 @pytest.mark.parametrize("k, p", [(2, 7), (3, 7), (4, 5), (5, 4)])
 def test_attention_is_symmetric_and_its_split_leaks_nothing(k, p):
@@ -653,8 +647,7 @@ def test_spectra_size_life_and_ablation_of_heads(p):
     assert scaled["live"].tolist() == [True, True, False]
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs
+# ---- Runs ----------------------------------------------------------------------------------------
 
 ATTENTION = {"model": "transformer", "k": 3, "p": 7, "heads": 6, "d_model": 12}
 DEEP = {"model": "transformer", "layers": 2, "k": 3, "p": 7, "d_model": 12, "d_ff": 20}
@@ -793,8 +786,7 @@ def test_training_finds_the_circuit(settings, ranges):
         assert low <= r[name] <= high, name
 
 
-# ------------------------------------------------------------------------------------------------
-# Scripts, as a user runs them
+# ---- Scripts, as a user runs them ----------------------------------------------------------------
 
 def refused(capsys, monkeypatch, module, *argv):
     """Run a script's main here; it must exit with 2 and one line on stderr. -> that line"""
@@ -903,8 +895,7 @@ def test_figures(tmp_path, monkeypatch):
                                                "widths.png"]
 
 
-# ------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2, and nothing written
+# ---- Bad input: one line, exit code 2, and nothing written ---------------------------------------
 
 BAD_TRAIN = """\
 --p 1|--k 1|--m 0|--k two|--p 2.5|--p|--train-fraction 0|--train-fraction 1.5|--steps 0
@@ -913,7 +904,7 @@ BAD_TRAIN = """\
 --save-every -1|--alone 0.1|--heads 3|--activation tanh|--control-variate|--model rnn
 --activation relu --max-margin|--activation relu --control-variate on|--k 6 --p 97|--k 1000000000
 --p 1000000007|--m 10000000000|--device tpu|--dtype float16|--nonsense|--figure 11
---figure 4 --k 6|--benchmark --max-margin|--figure 3 --equal 0.1|--resume missing.npz
+--figure 4 --k 6|--figure 3 --equal 0.1|--resume missing.npz
 --out missing/run.npz|--out .|--out /dev/null
 --k 7 --p 2 --m 9 --init-std 1e6 --equal 0 --steps 20 --control-variate off
 --model transformer --m 9|--model transformer --layers 0|--model transformer --max-margin
@@ -953,8 +944,8 @@ def test_changed_files(tmp_path, capsys, monkeypatch):
     changes = [{name: None} for name in arrays]
     changes += [{name: x.reshape(1, *x.shape)} for name, x in arrays.items()]
     changes += [{name: x.astype("f8")} for name, x in arrays.items() if x.dtype == "f4"]
-    changes += [{"params w": np.nextafter(arrays["params w"], np.float32(1))}, {"extra": np.ones(1)},
-                {"train": ~arrays["train"]}, {"meta": np.array([object()])},
+    changes += [{"params w": np.nextafter(arrays["params w"], np.float32(1))},
+                {"extra": np.ones(1)}, {"train": ~arrays["train"]}, {"meta": np.array([object()])},
                 {"meta": np.array(text.replace('"step": 10', '"step": 11'))}, dict.fromkeys(arrays)]
     other = {**arrays, "meta": np.array(text.replace(fc.FORMAT, "fourier-circuits run, format 2"))}
     del other["fingerprint"]
@@ -1005,10 +996,10 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys, monkeypatch):
     assert os.listdir(tmp_path) == ["run.npz"] and path.read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------
-# A stand-in for CuPy: its own array class, no conversion to or from numpy behind one's back, only
-# functions and keywords that CuPy has. What runs on it keeps to CuPy's subset of numpy; whether it
-# runs on a GPU only a GPU can tell (the last test).
+# ---- A stand-in for CuPy -------------------------------------------------------------------------
+# Its own array class, no conversion to or from numpy behind one's back, only functions and keywords
+# that CuPy has. What runs on it keeps to CuPy's subset of numpy; whether it runs on a GPU only a
+# GPU can tell (the last test).
 
 CUPY = {name: words.split() for name, words in {
     "abs": "", "angle": "", "arange": "", "argsort": "axis", "ascontiguousarray": "", "exp": "",
