@@ -113,20 +113,18 @@ def labels(a, p):  # [n, k] -> [n]
 
 def split(k, p, fraction, rng, orbit=None):
     """A random part of D_p to train on: bool [p^k] on the host, True on round(fraction p^k) inputs.
-    orbit: int [p^k], names of groups; this fraction of the groups is drawn then, whole. rng: a
+    orbit: int [p^k], each input's group; this fraction of the groups is drawn then, whole. rng: a
     numpy Generator. Raises BadInput if the fraction is outside (0, 1] or selects nothing."""
     check_size(k, p)
-    total, member = p**k, slice(None)
-    if orbit is not None:
-        names, member = np.unique(orbit, return_inverse=True)
-        total = len(names)
-    count = round(fraction * total) if 0 < fraction <= 1 else 0
+    orbit = np.arange(p**k) if orbit is None else orbit
+    groups = np.unique(orbit)
+    count = round(fraction * len(groups)) if 0 < fraction <= 1 else 0
     if count == 0:
         raise BadInput(f"train fraction {fraction} must lie in (0, 1] and give at least one of the "
-                       f"{total} {'inputs' if orbit is None else 'orbits of inputs'}")
-    chosen = np.zeros(total, bool)
-    chosen[rng.permutation(total)[:count]] = True
-    return chosen[member]
+                       f"{len(groups)} inputs or orbits of inputs")
+    chosen = np.zeros(p**k, bool)
+    chosen[rng.permutation(groups)[:count]] = True
+    return chosen[orbit]
 
 # ---- The network: f(theta, a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2) ----
 
@@ -600,9 +598,8 @@ def standardize(params, rms):
 
 def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98), eps=1e-30):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
-    first, second: running means of the gradient and of its square, dicts like params; step counts
-    from 1. eps is tiny by default: the gradients of a small network are themselves below 1e-8.
-    Biases, the arrays of one axis, do not decay."""
+    first, second: running means of the gradient and of its square; step counts from 1. eps is tiny
+    as the gradients of a small network are below 1e-8. Biases, of one axis, do not decay."""
     beta1, beta2 = betas
     root = math.sqrt(1 - beta2**step)  # the bias corrections, taken out of the arrays
     size = lr * root / (1 - beta1**step)
@@ -623,9 +620,8 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
 HEADS = "W_Q", "W_K", "W_V", "W_P"
 
 def orbits(k, p):  # -> int [p^k], on the host
-    """For each input the number of its orbit's first member, the one with a_1 <= .. <= a_{k-1}.
-    Attention without positions cannot tell a_1 .. a_{k-1} apart: to it an input whose permuted
-    copy it knows is no test. So whole orbits are drawn for training; see split."""
+    """For each input the number of its orbit's first member, a_1 <= .. <= a_{k-1}. To attention
+    without positions an input with a permuted copy in training is no test; see split."""
     a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
     a[:, :-1].sort(axis=1)
     return a @ p ** np.arange(k - 1, -1, -1)
@@ -941,9 +937,8 @@ def embedding_spectra(params):
     of the frequencies 1 .. p // 2; summary: that of the strongest tenth of them, rounded up."""
     spectrum = power_spectrum(params["E"], axis=0).sum(axis=1)[1:]
     shares = spectrum / spectrum.sum()
-    tenth = math.ceil(len(shares) / 10)
-    top = float(np.sort(shares)[-tenth:].sum())
-    return {"shares": shares, "summary": {"embedding_share": top}}
+    top = np.sort(shares)[-math.ceil(len(shares) / 10):]
+    return {"shares": shares, "summary": {"embedding_share": float(top.sum())}}
 
 # ---- Runs: settings, one step, progress, and one .npz file each ----------------------------------
 
@@ -958,9 +953,8 @@ def complete(given):
     rule |= {"model": model, "seed": 0, "dtype": "float32"}
     for name in given:
         if name not in rule:
-            raise BadInput(f"{name.replace('_', '-')} does not apply to this model ({model}, "
-                           f"layers {rule.get('layers', '-')}); leave it out, or give another "
-                           "--model or --layers")
+            raise BadInput(f"{name.replace('_', '-')} does not apply to this --model and --layers "
+                           f"({model}, {rule.get('layers', '-')}); leave it out")
     config = rule | given
     if config.get("activation") == "relu" and (config["max_margin"]
                                                or config["control_variate"] == "on"):
@@ -1015,8 +1009,7 @@ def sample_inputs(index, k, p, rng, most=2**17):
     return digits(xp.asarray(index), k, p)
 
 def stream(config, *names):
-    """A random generator by the seed and other numbers: split 0, weights 1, each step's batch 2,
-    progress 3 have their own."""
+    """Random numbers apart for each use: 0 split, 1 weights, 2 and the step batch, 3 progress."""
     return np.random.default_rng([config["seed"], *names])
 
 def new_run(config):
@@ -1096,16 +1089,14 @@ def load_run(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        whole = str(arrays.pop("fingerprint")) == fingerprint(arrays)
         meta = json.loads(str(arrays["meta"]))
-        known = meta.pop("format") == FORMAT
+        if str(arrays.pop("fingerprint")) != fingerprint(arrays) or meta.pop("format") != FORMAT:
+            raise ValueError
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a damaged or foreign file fails in many ways
-        whole = known = False
-    if not (whole and known):
         raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
-                       "give another file")
+                       "give another file") from None
     groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in arrays.items()
                       if name.startswith(f"{group} ")} for group in GROUPS}
     return Run(**meta, **groups, train=arrays["train"])
