@@ -970,11 +970,9 @@ def complete(given):
 
 def model_of(config):
     """What tells the models apart: functions for the first weights, the network, its spectra."""
-    if config["model"] == "mlp":
-        return init_mlp, mlp, neuron_spectra
-    if config["layers"] == 1:
-        return init_attention, attention, head_spectra
-    return init_transformer, transformer, embedding_spectra
+    models = ((init_mlp, mlp, neuron_spectra), (init_attention, attention, head_spectra),
+              (init_transformer, transformer, embedding_spectra))
+    return models[min(config.get("layers", 0), 2)]  # an MLP has no layers
 
 def network_pieces(config, params, a=None):
     """mlp_pieces for every model: the network on inputs a, or (None) on all of D_p in order."""
