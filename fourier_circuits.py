@@ -63,7 +63,7 @@ def use_device(device):
         with contextlib.suppress(ImportError):
             import cupy
             if cupy.is_available():
-                xp, CACHE_BYTES = cupy, 2**28
+                xp, CACHE_BYTES = cupy, 2**27
     if device == "gpu" and xp is np:
         raise BadInput("no GPU can be used: CuPy is not installed or sees no CUDA device; "
                        "use --device cpu")
@@ -206,7 +206,7 @@ def mlp_pieces(params, a=None, activation="power"):
         for rows in slices(len(a), row_bytes, SLICE_BYTES):
             yield a[rows], *mlp(params, a[rows], activation)
         return
-    for rows in slices(p ** (k - 1), p * row_bytes, 8 * CACHE_BYTES):
+    for rows in slices(p ** (k - 1), p * row_bytes, 16 * CACHE_BYTES):
         inputs = digits(xp.arange(rows.start * p, rows.stop * p), k, p)
         yield inputs, *mlp(params, inputs[::p, :-1], activation, embed_grid)
 
