@@ -19,13 +19,12 @@ and observes that training finds just these; and that attention matrices become 
     runs         complete, new_run, train_step, progress, save_run, load_run
 
 Letters
-    p        modulus, at least 2                  a, y     inputs [n, k], labels [n]
-    k        numbers to add, at least 2           u, w     a neuron's u_1..u_k and w, each p numbers
-    m        neurons                              z, h     before and after the activation [n, m]
-    n        inputs in a batch                    zeta     a frequency, 1 .. p // 2
-    D_p      all p^k inputs                       gamma*   the largest normalized margin
-    H, e     heads and their width                d, f     width of a state, of a block's MLP
-    S, OV    what heads attend to and write       A        attention, sum 1 over the keys
+    p, k     modulus, how many numbers; >= 2      a, y     inputs [n, k], labels [n]
+    m, n     neurons, inputs in a batch           u, w     a neuron's u_1..u_k and w, each p numbers
+    D_p      all p^k inputs                       z, h     before and after the activation [n, m]
+    c        a class; the control variate's c     zeta     a frequency, 1 .. p // 2
+    H, e     heads and their width                gamma*   the largest normalized margin
+    d, f     width of a state, of a block's MLP   S, OV    what heads attend to, what they write
 A layer is a function y, backward = layer(x, ..): backward takes dy, the gradient of the loss by y,
 and returns those by the layer's inputs. A gradient is d + the name.
 """
@@ -46,7 +45,7 @@ import numpy as np
 
 xp = np
 CACHE_BYTES = 2**18  # elementwise work on large arrays goes in slices of this size; on a GPU larger
-SLICE_BYTES = 2**25  # of the MLP's hidden layer: larger batches go through it in slices
+SLICE_BYTES = 2**25  # of the MLP's hidden layer: larger batches go in slices; D_p: 16 CACHE_BYTES
 MAX_BYTES = 2**31  # of the largest array
 TINY = 1e-30  # in a denominator, where all-zero weights have power 0, not 0/0
 
@@ -148,7 +147,7 @@ def embed_grid(u, prefix):  # [k, p, m], [n, k-1] -> [n p, m]
     return z.reshape(n * p, m), backward
 
 def power(z, k):  # [n, m] -> [n, m]
-    """h = z^k, by squares."""
+    """h = z^k; below = z^(k-1), made of squares, gives the slope k z^(k-1)."""
     h, slope = xp.empty_like(z), xp.empty_like(z)
     for rows in slices(len(z), z[0].nbytes):
         x = z[rows]
@@ -230,25 +229,25 @@ def norm(params, nu=None):
 
 def penalty(params, strength, nu, exponent):
     """strength ||theta||_{2,nu}^exponent (Def. 3.1) -> value, gradients. exponent 1 is the paper's
-    regularizer; exponent nu makes it sum_i ||theta_i||^nu, smooth at 0."""
+    regularizer; exponent nu makes it sum_i ||theta_i||^nu, smooth at 0. By theta_i the gradient is
+    strength exponent ||theta||^(exponent - nu) ||theta_i||^(nu - 2) theta_i."""
     norms = neuron_norms(params)
     total = (norms**nu).sum() ** (1 / nu)
     pull = strength * exponent * (total + (total == 0)) ** (exponent - nu) * norms ** (nu - 2)
     return strength * total**exponent, {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
 
 def max_margin(k, p):
-    """gamma*, the largest normalized margin of any network (Theorem 4.1.1; even p: see below).
+    """gamma*, the largest normalized margin of any network (Theorem 4.1, part 1).
 
         gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) )
 
-    for odd p; (p-1)/(p-2+r) times that for even p, with r = 2^(-(k-1)/2), thanks to the Nyquist
-    frequency p/2 (beyond the paper). max_margin(3, 23) -> 0.00037055"""
+    for odd p; for even p (p-1)/(p-2+r) times that, r = 2^(-(k-1)/2), by the Nyquist frequency."""
     gamma = 2 * math.factorial(k) / ((2*k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
     return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
 def margins(logits, y):  # [n, p], [n] -> [n], [n]
     """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
-    The weights of the second are uniform (Def. 3.6). Right is a positive margin: a tie is wrong."""
+    The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong."""
     each, p = xp.arange(len(y)), logits.shape[1]
     right = logits[each, y]
     weighted = (p * right - logits.sum(axis=1)) / (p - 1)
@@ -257,9 +256,8 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
     return right - wrong.max(axis=1), weighted
 
 def evaluate(pieces):
-    """What a network does on inputs that come in pieces (inputs, logits, ..); see mlp_pieces.
-    -> dict: right, bool [n] on the host; accuracy; loss, mean cross-entropy; margin, the smallest,
-    h(theta); largest_margin."""
+    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict: right,
+    bool [n] on the host; accuracy; loss, the mean; margin, the smallest, and largest_margin."""
     right, loss, smallest, largest = [], 0.0, math.inf, -math.inf
     for a, logits, *_ in pieces:
         y = labels(a, logits.shape[1])
@@ -336,7 +334,7 @@ def ablate(params):
             for v in (kept, vectors - kept)]
 
 def network_dft(params):
-    """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f (Lemma F.2), complex [p, .., p].
+    """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f of Eq. 2 (Lemma F.2), complex [p, ..].
     Raises BadInput if its p^(k+1) numbers are too many."""
     k, p, _ = params["u"].shape
     if 16 * p ** (k + 1) > MAX_BYTES // 4:
@@ -345,13 +343,13 @@ def network_dft(params):
     return xp.fft.fftn(f.reshape((p,) * (k + 1)))
 
 # ---- From the weights alone, without the p^k inputs; power activation only -----------------------
-# Why a neuron of the best network is a cosine (Lemma 4.2): its mean class-weighted margin is a sum
-# over frequencies of |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error). The norm fixes the sum of all
-# squares; with k+1 >= 3 factors the sum is largest where all power is at one frequency, shared
-# equally by u_1 .. u_k and w, and the phase error is 0.
+# Why a neuron of the best network is a cosine (Lemma 4.2): a margin is at most the class-weighted
+# one, whose mean over D_p is, but for a factor, the sum over neurons and frequencies of
+# |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error). At a given norm, as k+1 >= 3, a neuron gives most
+# with all power at one frequency, shared equally by u_1 .. u_k and w, and phase error 0.
 
 def neuron_dft(params):  # -> complex [p, m]
-    """Each neuron's f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), 0 at j = 0."""
+    """Each neuron's f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), set to 0 at j = 0."""
     u, w = params["u"], params["w"]
     dft = xp.conj(xp.fft.fft(w, axis=1).T) * xp.fft.fft(u, axis=1).prod(axis=0)
     dft[0] = 0
@@ -372,10 +370,10 @@ def margin_bound(params):
 
 def efficiency(params):  # -> [m]
     """Each neuron's class-weighted margin at unit norm, sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k),
-    over gamma* (Lemmas 4.2, D.8). For odd p in [-1, 1], 1 for a cosine with its phases in order;
+    over gamma* (Lemmas 4.2, D.8). Odd p: in [-1, 1], 1 for cosines of one size, phases in order;
     for even p a cosine reaches (p-2+r)/(p-1), r = 2^(-(k-1)/2), a Nyquist neuron 1/r of that."""
     k, p, _ = params["u"].shape
-    norms = xp.maximum(neuron_norms(params), xp.finfo(params["u"].dtype).tiny)
+    norms = xp.maximum(neuron_norms(params), TINY)
     unit = {"u": params["u"] / norms, "w": params["w"] / norms[:, None]}
     return neuron_dft(unit).real.sum(axis=0) / ((p - 1) * float(p) ** k * max_margin(k, p))
 
@@ -409,11 +407,11 @@ def paper_network(k, p):
 def rotated_network(k, p):
     """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
     All phases turn together, by psi_s = pi s/(k+1) for s = 0 .. k, those of w by k psi_s. The signs
-    of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). With the x_j's cosines
-    as exponentials, times e^(-i (y + k psi_s)), the term with q minus signs keeps e^(-2 i q psi_s),
-    whose sum over s is k+1 for q = 0 and else 0: only cos(x_1 + .. + x_k - y) is left. Even p (2,
-    parity, too) has (k+1) 2^(k-2) (p-2) of these and 2^(k-1) for the Nyquist frequency, where
-    cos(x_j) = (-1)^a_j needs no turning."""
+    of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). In exponentials the last
+    cosine is half e^(-i (y + k psi_s)) and half its conjugate; times that, the x_j's term with q
+    minus signs has e^(-2 i q psi_s), whose sum over s is k+1 for q = 0 and else 0: only
+    cos(x_1 + .. + x_k - y) is left. Even p (2, parity, too) has (k+1) 2^(k-2) (p-2) of these and
+    2^(k-1) for the Nyquist frequency, where cos(x_j) = (-1)^a_j needs no turning."""
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
     amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
@@ -421,9 +419,9 @@ def rotated_network(k, p):
     return cosine_network(k, p, amplitudes, np.pi / (k + 1) * turns)
 
 def cosine_network(k, p, amplitudes, phases):
-    """Neurons amplitude cos(phase + 2 pi zeta a/p), [rows, k+1] of each, every zeta, at norm 1.
-    All neurons of odd p have the same norm. The Nyquist neurons of even p have the share
-    r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1), and only the first 2^(k-1) rows."""
+    """-> {"u", "w"} of norm 1: neurons amplitude cos(phase + 2 pi zeta a/p), [rows, k+1] of each,
+    for every zeta. For odd p all have one norm. For even p the Nyquist ones, the first 2^(k-1) rows
+    alone, have the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1)."""
     angle = 2 * np.pi * np.arange(p) / p
     r = 2 ** (-(k - 1) / 2)
     parts = []
@@ -441,7 +439,7 @@ def theory_check(params):
     """Compare a network of norm 1 with Theorem 4.1 (G.2) on all p^k inputs, by brute force.
     For odd p it is max-margin if and only if f(a)[c] = gamma* (1{c = sum a} - 1/p), so that all
     wrong classes are alike (Condition 3.8); for even p ours has this f too. For odd p also the
-    Lagrange condition: the mean class-weighted margin has gamma* times the penalty's gradient.
+    dual: the mean class-weighted margin's gradient is gamma* that of sum_i ||theta_i||^(k+1).
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
     gamma, onehot, spread, deviation = max_margin(k, p), xp.eye(p), 0.0, 0.0
@@ -503,14 +501,14 @@ def product_term(params, a):  # [n, k] -> scalar, {"u": du, "w": dw}
         x = [u[j, a[rows, j]] for j in range(k)]
         before = list(itertools.accumulate(x, xp.multiply))  # before[j] = x_0 .. x_j
         product[rows] = before[-1]
-        after = scale * centred[y[rows]]  # for each j, times x_{j+1} .. x_{k-1}
+        after = scale * centred[y[rows]]  # dx_j = scale w~(y) times all x but x_j
         value = value + (before[-1] * after).sum()
         for j in range(k - 1, 0, -1):
             xp.multiply(before[j - 1], after, out=dx[j][rows])
             after *= x[j]
         dx[0][rows] = after
-    du = xp.stack([eye[a[:, j]].T @ dx[j] for j in range(k)])
-    dw = product.T @ (scale * (eye[y] - 1 / p))
+    du = xp.stack([eye[a[:, j]].T @ dx[j] for j in range(k)])  # x_j = u_j[a_j]
+    dw = product.T @ (scale * (eye[y] - 1 / p))  # w~ = w - mean_c w
     return value, {"u": du, "w": dw}
 
 def loss_and_gradients(pieces, n, quiet=None, c=0):
@@ -521,7 +519,7 @@ def loss_and_gradients(pieces, n, quiet=None, c=0):
         backward( (softmax - onehot + c (onehot - 1/p)) / n )  +  c grad product_term.
 
     For every c its mean over D_p is cross-entropy's gradient, as there both estimates of L agree.
-    On a training half both are estimates from that half, and differ a little.
+    On a training half it is not: the half's product term replaces c times its own linear part.
     -> loss, gradients, and the c with which c (onehot - 1/p) comes closest to onehot - softmax,
     p/(p-1) (1 - mean softmax[y]): 1 at softmax = 1/p, 0 where all is known. It is for the next
     batch: a c that depends on the batch that it serves could add a bias."""
@@ -542,18 +540,17 @@ def loss_and_gradients(pieces, n, quiet=None, c=0):
             grads[name] = grads[name] + d if name in grads else d
     return loss, grads, best
 
-def natural_scale(k, p, m, margin=10):
-    """The entry size (rms) at which m ideal neurons of equal norm r have this margin on every
-    input, gamma* m r^(k+1) (Theorem 4.1); a neuron has (k+1) p entries."""
-    return (margin / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
+def natural_scale(k, p, m):
+    """The entry size (rms) at which m ideal neurons of equal norm have margin 10 on every input,
+    gamma* m norm^(k+1) (Theorem 4.1); a neuron has (k+1) p entries."""
+    return (10 / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
 
 def mlp_settings(k=3, p=23, m=None, activation="power", **given):
-    """The settings of the MLP, one rule for all k and p; lr and decay in units of natural_scale.
+    """The settings of the MLP, a dict: one rule for all k and p, in units of natural_scale.
     1. Up to the share equal of the steps all vectors of all neurons have mean 0 and one size, which
        grows (timetable), without penalty and decay: none can win by size, so each has time to
        settle on one frequency.
-    2. Then all is free: cross-entropy + penalty sum_i ||theta_i||^(k+1); weight decay times
-       1 - loss / log p, as decay before anything is learned ends all learning; lr goes to 0.
+    2. Then all is free: penalty sum_i ||theta_i||^(k+1), decay times 1 - loss/log p, lr going to 0.
     max_margin: phase 2 only, on all of D_p, without decay: as the penalty tends to 0 the optimum's
     normalized margin tends to gamma* (Lemma 3.7); here it is small and fixed."""
     check_size(k, p)
@@ -671,53 +668,54 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
 
         A_hj = softmax over j of S_h[query, key_j] + b_h [j last],  y = sum_h sum_j A_hj OV_h[key_j]
 
-    All (input, key) pairs of one key are one small product. query counts rows of S_h, key its
-    columns and OV_h's rows. -> y, backward(dy) -> dS, dOV, db."""
+    The n j pairs (input, place) are sorted by key: those of one token make a small product. query
+    counts rows of S_h, key its columns and OV_h's rows. -> y, backward(dy) -> dS, dOV, db."""
     n, j = key.shape
     heads, v, c = ov.shape
-    token = key.T.reshape(-1)  # [j n], position by position
+    queries = s.shape[1]
+    token, asks = key.T.reshape(-1), xp.tile(query, j)  # [j n], place by place
     order = xp.argsort(token)
+    back = xp.argsort(order)
     ends = np.cumsum(to_host(xp.bincount(token, minlength=v))).tolist()
-    of_each = lambda x: [x[start:end] for start, end in zip([0, *ends], ends)]
-    pairs, asked_by = of_each(order), of_each(order % n)  # of each key: its pairs, their inputs
-    table = xp.ascontiguousarray(s.transpose(2, 1, 0))  # [v, q, H]
+    pairs = [slice(start, end) for start, end in zip([0, *ends], ends)]  # of each token, sorted
     write = xp.ascontiguousarray(ov.transpose(1, 0, 2))  # [v, H, c]
-
-    score = table[key.T, query]  # [j, n, H]
+    table = s.transpose(2, 1, 0).reshape(v * queries, heads)
+    score = table[token * queries + asks].reshape(j, n, heads)
     score[-1] += b
     A = xp.exp(score - score.max(axis=0))
     A /= A.sum(axis=0)
-    weight = A.reshape(j * n, heads)
+    weight = A.reshape(j * n, heads)[order]
     y = xp.empty((j * n, c), s.dtype)
     for t, pair in enumerate(pairs):
-        y[pair] = weight[pair] @ write[t]
+        xp.matmul(weight[pair], write[t], out=y[pair])
     def backward(dy):
-        # y[pair] = weight[pair] write[t]
+        # y[pair] = weight[pair] write[t]; y = the sum of an input's places
+        dy = dy[order % n]  # [j n, c], sorted
         dweight, dwrite = xp.empty_like(weight), xp.empty_like(write)
         for t, pair in enumerate(pairs):
-            answer = dy[asked_by[t]]
-            dweight[pair] = answer @ write[t].T
-            dwrite[t] = weight[pair].T @ answer
-        # A = softmax(score)
-        dA = dweight.reshape(A.shape)
+            dwrite[t] = weight[pair].T @ dy[pair]
+            dweight[pair] = dy[pair] @ write[t].T
+        # weight = A, sorted; A = softmax(score)
+        dA = dweight[back].reshape(j, n, heads)
         dscore = A * (dA - (A * dA).sum(axis=0))
         # score[-1] += b
         db = dscore[-1].sum(axis=0)
-        # score = table[key, query]: one-hot products add up what each query gave to each key
-        dscore = dscore.reshape(j * n, heads)
-        onehot, dtable = xp.eye(s.shape[1], dtype=s.dtype)[query], xp.empty_like(table)
+        # score = table[token, asks]: one-hot products add up what each query gave to each key
+        dscore = dscore.reshape(j * n, heads)[order]
+        onehot = xp.eye(queries, dtype=s.dtype)[asks[order]]
+        dtable = xp.empty((v, queries, heads), s.dtype)
         for t, pair in enumerate(pairs):
-            dtable[t] = onehot[asked_by[t]].T @ dscore[pair]
+            dtable[t] = onehot[pair].T @ dscore[pair]
         return dtable.transpose(2, 1, 0), dwrite.transpose(1, 0, 2), db
-    return y.reshape(j, n, c).sum(axis=0), backward
+    return y[back].reshape(j, n, c).sum(axis=0), backward
 
 def attention(params, a):  # [n, k] -> [n, p]
     """logits[c] = sum_h sum_j A_hj OV_h[a_j, c], softmax over the k numbers, queried by the last.
 
     b_h, the bias of the query's own score, is ours. -> logits, backward(dlogits) -> a dict like
-    params. It can add only thanks to the softmax's denominator: without it the logits of a query
-    were sums of one term per number. For small scores and b = 0,
-    A_j = 1/k (1 + s_j - 1/k (s_1 + .. + s_k) + ..), and the sum is made by the products of one
+    params. Attention can add only thanks to the softmax's denominator: without it the logits of a
+    query would be sums of one term per number. For small scores, b = 0 and one head,
+    A_j = 1/k (1 + s_j - 1/k (s_1 + .. + s_k) + ..), and the answer is made by the products of one
     number's score and another's OV, of sign -. At a collision, a_i = a_j among a_1 .. a_{k-1},
     s_j OV[a_j] gives the same with the sign +: it needs other heads, and is counted apart."""
     s, ov, circuits_backward = circuits(params["E"], [params[name] for name in HEADS])
@@ -729,16 +727,16 @@ def attention(params, a):  # [n, k] -> [n, p]
     return logits, backward
 
 def head_tables(params):
-    """S_h without the mean of each query's row, which no softmax can see, and OV_h without means of
-    rows and columns, a mere bias; float64, on the host, as their squares overflow float32."""
+    """S_h without the mean of each query's row, which no softmax can see; OV_h without its mean
+    token, a bias, and each token's mean over classes, which changes no answer; float64, on host."""
     tables = circuits(params["E"], [params[name] for name in HEADS])[:2]
     s, ov = (to_host(x).astype("float64") for x in tables)
     ov = ov - ov.mean(axis=1, keepdims=True)
     return s - s.mean(axis=2, keepdims=True), ov - ov.mean(axis=2, keepdims=True)
 
 def head_spectrum(s):  # [H, p, p] -> [H, p, p // 2 + 1]
-    """2-D DFT power. Entry [u, v]: query frequency u, key frequency v; (-u, -v), its equal in a
-    real matrix, counted in. (Of an even p, the pairs at v = p/2 stay apart.)"""
+    """2-D DFT power, of rows of mean 0 (none at v = 0). [u, v]: query, key frequency; (-u, -v), its
+    equal in a real matrix, is counted in. (Of an even p, the pairs at v = p/2 stay apart.)"""
     v, p = np.arange(s.shape[1] // 2 + 1), s.shape[1]
     return np.abs(np.fft.rfft2(s)) ** 2 * (2 - (2 * v == p))
 
@@ -807,12 +805,12 @@ def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     r = 1 / xp.sqrt(mean(centred * centred) + eps)
     z = centred * r
     def backward(dz):
-        return r * (dz - mean(dz) - z * mean(z * dz))
+        return r * (dz - mean(dz) - z * mean(z * dz))  # z = centred r; r falls as x spreads
     return z, backward
 
 def first_attention(table, weights, a, p):  # [k p, d], .., [n, k] -> [n, k, d]
-    """x + attention(layernorm(x)) in layer 1, where all there is to see is k p vectors.
-    Row j p + t of the table is token t at position j; position j asks about 0 .. j."""
+    """x + attention(layernorm(x)) in layer 1, by tables, for speed: it sees but k p vectors. Row
+    j p + t of the table is token t at j, which asks about 0 .. j. backward -> dtable, dweights."""
     n, k = a.shape
     z, norm_backward = layernorm(table)
     s, ov, circuits_backward = circuits(z, weights)
@@ -831,10 +829,10 @@ def first_attention(table, weights, a, p):  # [k p, d], .., [n, k] -> [n, k, d]
     return table[row] + y.reshape(n, k, -1), backward
 
 def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [n, 1, d] if last
-    """Causal attention of each position, or of the last alone, to all positions up to itself.
+    """Causal attention past layer 1, where states differ from input to input and tables are no use.
+    last: only the last position asks. -> y, backward(dy) -> dx, [dW_Q, dW_K, dW_V, dW_O].
 
-        A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),    y_i = sum_h sum_j A_hij v_hj W_O^h
-    """
+        A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),  y_i = sum_h sum_j A_hij v_hj W_O^h"""
     k, scale = x.shape[1], 1 / math.sqrt(w_o.shape[1])
     asks = x[:, -1:] if last else x  # [n, i, d]
     q, key, v = xp.tensordot(asks, w_q, 1), xp.tensordot(x, w_k, 1), xp.tensordot(x, w_v, 1)
@@ -872,7 +870,8 @@ def feed_forward(x, w1, w2):  # [n, j, d], [d, f], [f, d] -> [n, j, d]
     h, relu_backward = relu(xp.tensordot(x, w1, 1))
     def backward(dy):
         dz = relu_backward(xp.tensordot(dy, w2, (2, 1)))
-        dw1, dw2 = (xp.tensordot(*pair, ([0, 1], [0, 1])) for pair in ((x, dz), (h, dy)))
+        dw1 = xp.tensordot(x, dz, ([0, 1], [0, 1]))  # h = relu(x w1)
+        dw2 = xp.tensordot(h, dy, ([0, 1], [0, 1]))  # y = h w2
         return xp.tensordot(dz, w1, (2, 1)), [dw1, dw2]
     return xp.tensordot(h, w2, 1), backward
 
@@ -889,7 +888,7 @@ def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the 
     return x[:, last] + y, backward
 
 def transformer(params, a):  # [n, k] -> [n, p]
-    """The network on inputs a -> logits, backward(dlogits) -> gradients, a dict like params."""
+    """The network, of 2 layers or more, on inputs a -> logits, backward(dlogits) -> dparams."""
     embedding, place, project = params["E"], params["P"], params["W_U"]
     (p, d), k, layers = embedding.shape, len(place), (len(params) - 3) // len(ATTENTION + FORWARD)
     table = (place[:, None] + embedding).reshape(k * p, d)
@@ -918,9 +917,9 @@ def transformer(params, a):  # [n, k] -> [n, p]
     return z @ project, backward
 
 def transformer_settings(k=3, p=31, layers=1, **_):
-    """The settings of transformers. lr is held up to the share hold of the steps, then goes to 0.
-    One layer needs a small start and the noise of a small batch, the more so the smaller k is, for
-    its collisions to generalize. Several layers: our Figure 4's light model."""
+    """The settings of transformers, a dict. Up to the share hold of the steps lr is held; then it
+    goes to 0, and decay is times late_decay. One layer needs a small start, the more so the smaller
+    k is, for its collisions to generalize. Several layers: our Figure 4's light model."""
     check_size(k, p)
     rule = {"k": k, "p": p, "layers": layers, "train_fraction": 0.5, "beta2": 0.98, "hold": 0.5}
     if layers != 1:
@@ -947,7 +946,7 @@ GROUPS = "params", "first", "second"
 
 def complete(given):
     """All settings of a run: those given, the others by its model's rule. Raises BadInput for a
-    setting that does not apply to the model, or for a transformer that is too large."""
+    setting that does not apply to the model or to the others, and for sizes that do not fit."""
     model = given.get("model", "mlp")
     rule = (mlp_settings if model == "mlp" else transformer_settings)(**given)
     rule |= {"model": model, "seed": 0, "dtype": "float32"}
@@ -978,8 +977,9 @@ def network_pieces(config, params, a=None):
     """mlp_pieces for every model: the network on inputs a, or (None) on all of D_p in order."""
     if config["model"] == "mlp":
         return mlp_pieces(params, a, config["activation"])
-    a, network = all_inputs(config["k"], config["p"]) if a is None else a, model_of(config)[1]
-    return ((a[rows], *network(params, a[rows])) for rows in slices(len(a), 1, 1024))
+    a = all_inputs(config["k"], config["p"]) if a is None else a
+    _, network, _ = model_of(config)
+    return ((a[rows], *network(params, a[rows])) for rows in slices(len(a), 1, most=1024))
 
 @dataclass
 class Run:
@@ -1001,14 +1001,14 @@ class Run:
         self.index = np.flatnonzero(train)  # numbers of the inputs to train on, see digits
 
 def sample_inputs(index, k, p, rng, most=2**17):
-    """The inputs of these numbers (see digits), or `most` random ones if there are more; [n, k]."""
+    """The inputs of these numbers (see digits), if over `most` so many drawn with repetition."""
     if len(index) > most:
         index = index[rng.integers(0, len(index), most)]
     return digits(xp.asarray(index), k, p)
 
-def stream(config, *names):
-    """Random numbers apart for each use: 0 split, 1 weights, 2 and the step batch, 3 progress."""
-    return np.random.default_rng([config["seed"], *names])
+def stream(config, *use):
+    """Random numbers apart for each use: 0 split, 1 weights, (2, step) a batch, 3 progress."""
+    return np.random.default_rng([config["seed"], *use])
 
 def new_run(config):
     """A run at step 0."""
@@ -1034,8 +1034,8 @@ def train_step(run):
             nu = degree(k, config["activation"])
             pull = penalty(params, config["penalty"], nu, config["penalty_power"])[1]
             grads = {name: d + pull[name] for name, d in grads.items()}
-        decay = config["weight_decay"] * (1 - loss / math.log(p)).clip(0)
-        if run.step >= config.get("hold", 1) * config["steps"]:
+        decay = config["weight_decay"] * (1 - loss / math.log(p)).clip(0)  # none before learning
+        if "late_decay" in config and run.step >= config["hold"] * config["steps"]:
             decay *= config["late_decay"]
     run.step += 1
     adamw(params, grads, run.first, run.second, run.step, lr, decay, (0.9, config["beta2"]))
@@ -1058,13 +1058,13 @@ def progress(run):
     return line
 
 def fingerprint(arrays):
-    """A hash of arrays by name. A run file holds its own, so that any change to it shows."""
+    """A hash of arrays by name. A run file holds its own, so that damage shows."""
     parts = [(name, str(x.dtype), x.shape, hashlib.sha256(x.tobytes()).hexdigest())
              for name, x in sorted(arrays.items())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 def save_run(path, run):
-    """Write a run to an .npz file, whole or not at all, by way of path.part. Raises BadInput."""
+    """Write a run to an .npz file, whole or not at all, by path.part. Raises BadInput if not."""
     meta = {"format": FORMAT, "config": run.config, "step": run.step, "c": float(run.c),
             "seconds": run.seconds, "history": run.history}
     arrays = {f"{group} {name}": to_host(x) for group in GROUPS

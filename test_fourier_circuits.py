@@ -568,6 +568,21 @@ def test_ablate(p):
     best = fc.rotated_network(2, p)
     assert close(fc.ablate(best)[0], best, abs=1e-15)
 
+def test_lottery_and_aligned_cosines_of_the_lab_book():
+    """The strongest product u^_1 .. u^_k w^ of a neuron is at the frequency that was planted; and
+    cosines whose phases are set right have margin gamma* again."""
+    start, zeta = gaussian(3, 11, 20, init_std=0.1), 1 + np.arange(20) % 5
+    wave = np.cos(2 * np.pi * zeta * np.arange(11)[:, None] / 11)
+    start = {"u": start["u"] + wave, "w": start["w"] + wave.T}
+    assert (1 + abs(fc.neuron_dft(start))[1:6].argmax(axis=0) == zeta).all()
+    best, turn = fc.rotated_network(3, 11), rng().uniform(-1, 1, 80)[:, None]
+    rotate = lambda w, by: np.fft.irfft(np.fft.rfft(w, axis=1) * np.exp(1j * by), n=11, axis=1)
+    wrong = {"u": best["u"], "w": rotate(best["w"], turn)}
+    phases = fc.neuron_spectra(wrong)["phases"]
+    right = wrong | {"w": rotate(wrong["w"], (phases[:-1].sum(axis=0) - phases[-1])[:, None])}
+    ratios = [fc.normalized_margin(params) / fc.max_margin(3, 11) for params in (wrong, right)]
+    assert ratios[0] < 0.9 and ratios[1] == pytest.approx(1, rel=1e-12)
+
 @pytest.mark.parametrize("p, top", [(5, 5 / 6), (8, 5 / 6), (23, 1)])
 def test_embedding_spectra(p, top):
     """A mean and three cosines of power 4, 1, 1, in columns; the strongest tenth, rounded up."""
