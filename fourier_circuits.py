@@ -603,7 +603,7 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas=(0.9, 0.98
     for name in params:
         x, g, mean, square = (group[name].reshape(-1) for group in (params, grads, first, second))
         kept = 1 - lr * weight_decay if params[name].ndim > 1 else 1
-        for part in slices(len(x), 4 * x.itemsize):
+        for part in slices(len(x), 2 * x.itemsize):
             mean[part] += (1 - beta1) * (g[part] - mean[part])
             square[part] += (1 - beta2) * (g[part] * g[part] - square[part])
             x[part] *= kept
@@ -658,8 +658,9 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
         # query, key, value = x w
         dx, dread = 0, []
         for w, dy in zip(read, (dquery, dkey, dvalue)):
-            dx = dx + xp.tensordot(dy, w, ([0, 2], [1, 2]))
-            dread.append(xp.tensordot(x, dy, (0, 1)))
+            dy = dy.transpose(1, 0, 2).reshape(len(x), -1)  # [v, H e]
+            dx = dx + dy @ w.reshape(x.shape[1], -1).T
+            dread.append((x.T @ dy).reshape(w.shape))
         return dx, [*dread, dwrite]
     return s, ov, backward
 
@@ -693,8 +694,8 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
         dy = dy[order % n]  # [j n, c], sorted
         dweight, dwrite = xp.empty_like(weight), xp.empty_like(write)
         for t, pair in enumerate(pairs):
-            dwrite[t] = weight[pair].T @ dy[pair]
-            dweight[pair] = dy[pair] @ write[t].T
+            xp.matmul(weight[pair].T, dy[pair], out=dwrite[t])
+            xp.matmul(dy[pair], write[t].T, out=dweight[pair])
         # weight = A, sorted; A = softmax(score)
         dA = dweight[back].reshape(j, n, heads)
         dscore = A * (dA - (A * dA).sum(axis=0))
@@ -705,7 +706,7 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
         onehot = xp.eye(queries, dtype=s.dtype)[asks[order]]
         dtable = xp.empty((v, queries, heads), s.dtype)
         for t, pair in enumerate(pairs):
-            dtable[t] = onehot[pair].T @ dscore[pair]
+            xp.matmul(onehot[pair].T, dscore[pair], out=dtable[t])
         return dtable.transpose(2, 1, 0), dwrite.transpose(1, 0, 2), db
     return y[back].reshape(j, n, c).sum(axis=0), backward
 
@@ -927,8 +928,8 @@ def transformer_settings(k=3, p=31, layers=1, **_):
                        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 2,
                        "late_decay": 1}
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
-    return rule | {"heads": 160, "d_head": 4, "d_model": 128, "steps": 3000 * k,
-                   "batch": 256 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
+    return rule | {"heads": 160, "d_head": 4, "d_model": 128, "steps": 2000 * k,
+                   "batch": 512 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
                    "weight_decay": 4, "late_decay": max(0, 1 - 1.5 * math.sqrt(1 - distinct))}
 
 def embedding_spectra(params):
