@@ -248,12 +248,10 @@ def max_margin(k, p):
 def margins(logits, y):  # [n, p], [n] -> [n], [n]
     """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
     The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong."""
-    each, p = xp.arange(len(y)), logits.shape[1]
+    each, p, wrong = xp.arange(len(y)), logits.shape[1], logits.copy()
     right = logits[each, y]
-    weighted = (p * right - logits.sum(axis=1)) / (p - 1)
-    wrong = logits.copy()
     wrong[each, y] = -xp.inf
-    return right - wrong.max(axis=1), weighted
+    return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
 
 def evaluate(pieces):
     """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict: right,
@@ -928,8 +926,8 @@ def transformer_settings(k=3, p=31, layers=1, **_):
                        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 2,
                        "late_decay": 1}
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
-    return rule | {"heads": 160, "d_head": 4, "d_model": 128, "steps": 2000 * k,
-                   "batch": 512 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
+    return rule | {"heads": 160, "d_head": 4, "d_model": 128, "batch": 1024,
+                   "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
                    "weight_decay": 4, "late_decay": max(0, 1 - 1.5 * math.sqrt(1 - distinct))}
 
 def embedding_spectra(params):

@@ -498,8 +498,8 @@ def test_settings_of_transformers(k, p):
     common = {"model": "transformer", "k": k, "p": p, "train_fraction": 0.5, "beta2": 0.98,
               "hold": 0.5, "seed": 0, "dtype": "float32"}
     check_same(fc.complete({"model": "transformer", "k": k, "p": p}), {
-        **common, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "steps": 2000 * k,
-        "batch": 512 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
+        **common, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "batch": 1024,
+        "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
         "weight_decay": 4, "late_decay": late})
     assert fc.complete({"model": "transformer", "layers": 2, "k": k, "p": p}) == {
         **common, "layers": 2, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
