@@ -768,6 +768,11 @@ def test_report_and_history(settings):
         nu = fc.degree(2, config["activation"])
         assert r["margin"] == pytest.approx(margin.min() / fc.norm(run.params, nu) ** nu)
 
+def test_progress_looks_at_the_same_inputs_at_each_step():
+    first, later = (small_run(k=3, p=23, m=4) for _ in range(2))
+    later.step = 10
+    assert fc.progress(first) | {"step": 10} == fc.progress(later)
+
 def test_grokking_numbers():
     """Train at 20, test at 40; gaps 0, 0.9, 0.5, 0 for 10, 10, 15, 5 steps: area 16.5."""
     curve = [(10, 0.5, 0.6), (20, 0.99, 0.09), (35, 1.0, 0.5), (40, 1.0, 1.0)]
