@@ -1022,18 +1022,16 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys, monkeypatch):
 # GPU can tell (the last test).
 
 CUPY = {name: words.split() for name, words in {
-    "abs": "", "angle": "", "arange": "", "argsort": "axis", "ascontiguousarray": "", "exp": "",
-    "bincount": "minlength", "concatenate": "", "conj": "", "cumsum": "axis", "einsum": "",
+    "abs": "", "arange": "", "argsort": "axis", "ascontiguousarray": "", "exp": "",
+    "bincount": "minlength", "concatenate": "", "conj": "", "einsum": "",
     "empty": "", "empty_like": "", "eye": "dtype", "isfinite": "", "log": "", "matmul": "out",
-    "maximum": "", "moveaxis": "", "multiply": "out", "sqrt": "", "stack": "axis", "tile": "",
-    "take_along_axis": "axis", "tensordot": "", "where": "", "zeros": "", "zeros_like": "",
-    "linalg.svd": "compute_uv",
-    "fft.fft": "axis", "fft.fftn": "", "fft.rfft": "axis", "fft.irfft": "n axis", "fft.rfft2": "",
-    "fft.irfft2": "s"}.items()}
+    "maximum": "", "multiply": "out", "sqrt": "", "stack": "axis", "tile": "",
+    "tensordot": "", "where": "", "zeros": "", "zeros_like": "",
+    "fft.fft": "axis", "fft.fftn": ""}.items()}
 METHODS = {name: words.split() for name, words in {
     "all": "axis", "any": "axis", "argmax": "axis", "astype": "", "clip": "", "copy": "",
     "max": "axis keepdims", "mean": "axis keepdims", "min": "axis", "prod": "axis", "reshape": "",
-    "repeat": "axis", "sum": "axis dtype keepdims", "take": "", "transpose": ""}.items()}
+    "repeat": "axis", "sum": "axis dtype keepdims", "transpose": ""}.items()}
 VIEWS, ATTRIBUTES = ["T", "real", "imag"], ["shape", "ndim", "dtype", "itemsize", "nbytes", "size"]
 
 class Array:
@@ -1090,9 +1088,8 @@ for answer, words in (
 
 def stand_in():
     module = types.SimpleNamespace(
-        is_available=lambda: True, inf=np.inf, finfo=np.finfo, asarray=lambda x: Array(x.copy()),
-        asnumpy=lambda x: x.hidden.copy(), fft=types.SimpleNamespace(),
-        linalg=types.SimpleNamespace())
+        is_available=lambda: True, inf=np.inf, asarray=lambda x: Array(x.copy()),
+        asnumpy=lambda x: x.hidden.copy(), fft=types.SimpleNamespace())
     for name, keywords in CUPY.items():
         *inside, last = name.split(".")
         where, source = (getattr(x, inside[0]) if inside else x for x in (module, np))

@@ -3,8 +3,8 @@
     python train.py --k 3 --p 23                    the circuit, a few seconds
     python train.py --k 3 --p 23 --max-margin       the largest normalized margin, half a minute
     python train.py --figure 1                      Figures 1, 5, 7 at full size: minutes
-    python train.py --model transformer             one layer of attention, k = 3, p = 31: 2 minutes
-                                                    --figure 3, 9, 10: 3 to 5 minutes
+    python train.py --model transformer             one layer of attention, k = 3, p = 31: 80 s
+                                                    --figure 3, 9, 10: 2 to 4 minutes
     python train.py --model transformer --layers 2 --k 2 --p 97     grokking, 1 to 2 minutes
     python train.py --figure 4 --k 3                its published size, 20 minutes
     python train.py --k 3 --p 23 --benchmark        milliseconds a step
@@ -44,7 +44,7 @@ NUMBERS = (  # name, type, smallest, largest, meaning
     ("batch", int, 1, 2**30, "inputs a step, all of them at most"),
     ("lr", float, 0, 1e3, "AdamW's learning rate"),
     ("weight_decay", float, 0, 1e6, "AdamW's weight decay"),
-    ("init_std", float, 1e-9, 1e6, "of the first weights; a transformer's times sqrt(fan-in)"),
+    ("init_std", float, 1e-9, 1e6, "of the first weights; a transformer's in 1/sqrt(fan-in)"),
     ("seed", int, 0, 2**63, "of the split, the first weights and the batches"),
     ("m", int, 1, 10**9, "neurons, 2^(2k-2) (p-1) in the paper"),
     ("equal", float, 0, 0.99, "share of the steps in which all vectors have one size"),
