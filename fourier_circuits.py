@@ -947,8 +947,8 @@ def complete(given):
     """All settings of a run: those given, the others by its model's rule. Raises BadInput for a
     setting that does not apply to the model or to the others, and for sizes that do not fit."""
     model = given.get("model", "mlp")
-    rule = (mlp_settings if model == "mlp" else transformer_settings)(**given)
-    rule |= {"model": model, "seed": 0, "dtype": "float32"}
+    settings = {"mlp": mlp_settings, "transformer": transformer_settings}[model]
+    rule = settings(**given) | {"model": model, "seed": 0, "dtype": "float32"}
     for name in given:
         if name not in rule:
             raise BadInput(f"{name.replace('_', '-')} does not apply to this --model and --layers "
@@ -1000,7 +1000,7 @@ class Run:
         self.index = np.flatnonzero(train)  # numbers of the inputs to train on, see digits
 
 def sample_inputs(index, k, p, rng, most=2**17):
-    """The inputs of these numbers (see digits), if over `most` so many drawn with repetition."""
+    """The inputs [n, k] of these numbers (see digits); of more than `most`, `most` random draws."""
     if len(index) > most:
         index = index[rng.integers(0, len(index), most)]
     return digits(xp.asarray(index), k, p)
