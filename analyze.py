@@ -193,7 +193,7 @@ def print_report(r):
 def group_runs(runs):
     """Runs that differ only in the seed, together: {(k, p, other settings that tell the groups
     apart, as text): [run, ..]}, sorted. Raises BadInput where one run is given twice."""
-    varied = lambda x: len({run.config[x] for run in runs}) > 1
+    varied = lambda x: len({str(run.config[x]) for run in runs}) > 1
     names = [x for x in runs[0].config if varied(x) and x not in ("k", "p", "seed")]
     groups = {}
     for run in sorted(runs, key=lambda run: [run.config[x] for x in ("k", "p", "seed")]):

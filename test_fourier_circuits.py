@@ -450,11 +450,11 @@ def test_adamw_by_hand(monkeypatch):
     for step, (g, expected, bias) in enumerate([(2.0, 0.85049751, 0.90049751),
                                                 (-1.0, 0.78143025, 0.87395512)], 1):
         gradients = {"u": np.full((3, 3), g), "b": np.full(1, g)}
-        fc.adamw(x, gradients, m, v, step, 0.1, 0.5, eps=0.01)
+        fc.adamw(x, gradients, m, v, step, 0.1, 0.5, (0.9, 0.98), eps=0.01)
         assert x["u"] == pytest.approx(np.full((3, 3), expected), abs=1e-8)
         assert x["b"] == pytest.approx([bias], abs=1e-8)  # of one axis: no decay
     x, m, v = ({"u": np.zeros((1, 1))} for _ in range(3))
-    fc.adamw(x, {"u": np.full((1, 1), 1e-12)}, m, v, 1, 0.1, 0)
+    fc.adamw(x, {"u": np.full((1, 1), 1e-12)}, m, v, 1, 0.1, 0, (0.9, 0.98))
     assert x["u"][0, 0] == pytest.approx(-0.1)  # the default eps is far below such a gradient
 
 @pytest.mark.parametrize("k, p", [(2, 23), (3, 11), (4, 7), (5, 5)])
@@ -466,7 +466,7 @@ def test_training_begins_with_logits_of_rms_a_tenth(k, p):
 RELU = {"steps": 1500, "equal": 0, "control_variate": "off", "init_std": 0.2, "lr": 0.05,
         "weight_decay": 1.4, "penalty": 0, "penalty_power": 2}
 MAX_MARGIN = {"train_fraction": 1, "steps": 1100, "batch": 2**30, "init_std": 0.1, "equal": 0,
-              "control_variate": "off", "lr": 0.03, "beta2": 0.95, "weight_decay": 0,
+              "control_variate": "off", "lr": 0.03, "betas": [0.9, 0.95], "weight_decay": 0,
               "penalty": 0.1}
 
 @pytest.mark.parametrize("k, p, steps", [(2, 7, 351), (3, 23, 383), (4, 5, 360), (5, 8, 441)])
@@ -477,8 +477,8 @@ def test_settings_of_the_mlp(k, p, steps, given, change):
     expected = {"model": "mlp", "k": k, "p": p, "m": 2 ** (2*k - 2) * (p - 1), "seed": 0,
                 "dtype": "float32", "activation": "power", "max_margin": False,
                 "train_fraction": 0.5, "steps": steps, "batch": 1024, "equal": 0.6, "lr": 0.3 / k,
-                "control_variate": "on", "beta2": 0.98, "weight_decay": 1.2, "penalty": 0.05,
-                "penalty_power": k + 1, **change, **given}
+                "control_variate": "on", "betas": [0.9, 0.98], "weight_decay": 1.2,
+                "penalty": 0.05, "penalty_power": k + 1, **change, **given}
     config = fc.complete({"k": k, "p": p, **given})
     scale = fc.natural_scale(k, p, expected["m"])
     in_units = config | {"lr": config["lr"] / scale, "init_std": config["init_std"] / scale,
@@ -495,15 +495,15 @@ def test_settings_of_the_mlp(k, p, steps, given, change):
 def test_settings_of_transformers(k, p):
     """One layer: the smaller k, the smaller the start; late decay by the share of collisions."""
     late = max(0, 1 - 1.5 * math.sqrt(fc.collisions(k, p).mean()))
-    common = {"model": "transformer", "k": k, "p": p, "train_fraction": 0.5, "beta2": 0.98,
-              "hold": 0.5, "seed": 0, "dtype": "float32"}
+    common = {"model": "transformer", "k": k, "p": p, "train_fraction": 0.5, "hold": 0.5,
+              "seed": 0, "dtype": "float32"}
     check_same(fc.complete({"model": "transformer", "k": k, "p": p}), {
         **common, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "batch": 1024,
         "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
-        "weight_decay": 4, "late_decay": late})
+        "betas": [0.9, 0.98], "weight_decay": 4, "late_decay": late})
     assert fc.complete({"model": "transformer", "layers": 2, "k": k, "p": p}) == {
         **common, "layers": 2, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
-        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 2, "late_decay": 1}
+        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 2, "betas": [0.98, 0.98]}
 
 def test_timetable():
     """Sizes are given for the share equal of the steps, growing from init_std to natural_scale, at
@@ -713,7 +713,7 @@ def test_a_step_is_what_is_written(settings, steps):
         pull = fc.penalty(params, config["penalty"], nu, config["penalty_power"])[1]
         gradients = {name: d + pull[name] for name, d in gradients.items()}
     moments = old.first, old.second
-    fc.adamw(params, gradients, *moments, steps + 1, lr, decay, (0.9, config["beta2"]))
+    fc.adamw(params, gradients, *moments, steps + 1, lr, decay, config["betas"])
     if rms:
         fc.standardize(params, rms)
         x = fc.neurons(run.params)
