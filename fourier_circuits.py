@@ -925,7 +925,7 @@ def transformer_settings(k=3, p=31, layers=1, **_):
     if layers != 1:
         return rule | {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
                        "batch": 512, "init_std": 0.5, "lr": 1e-3, "betas": [0.98, 0.98],
-                       "weight_decay": 2}
+                       "weight_decay": 3}
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return rule | {"heads": 160, "d_head": 4, "d_model": 128, "batch": 1024, "weight_decay": 4,
                    "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,

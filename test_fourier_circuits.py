@@ -503,7 +503,7 @@ def test_settings_of_transformers(k, p):
         "betas": [0.9, 0.98], "weight_decay": 4, "late_decay": late})
     assert fc.complete({"model": "transformer", "layers": 2, "k": k, "p": p}) == {
         **common, "layers": 2, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
-        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 2, "betas": [0.98, 0.98]}
+        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 3, "betas": [0.98, 0.98]}
 
 def test_timetable():
     """Sizes are given for the share equal of the steps, growing from init_std to natural_scale, at
