@@ -89,7 +89,6 @@ def check_gradient(layer, *inputs, h=1e-4, rel=1e-8):
         assert (g * v).sum() == pytest.approx(slope, rel=rel, abs=1e-9)
         assert abs(slope) > 1e-3  # a direction that could have shown an error
 
-
 # ---- Theorems and lemmas -------------------------------------------------------------------------
 
 def test_gamma_star_of_the_paper():
@@ -206,7 +205,6 @@ def test_product_term_is_quiet(k, ratio):
                      for a in batches]
         variance.append(np.var(gradients, axis=0).sum())
     assert variance[0] / variance[1] == pytest.approx(ratio, rel=0.4)
-
 
 # ---- Layers, each as one writes it, and their gradients ------------------------------------------
 
@@ -364,7 +362,6 @@ def test_first_weights(init, expected):
         assert abs(x.mean()) < 5 * expected[name] / math.sqrt(x.size)
         assert x.std() == pytest.approx(expected[name], rel=5 / math.sqrt(2 * x.size))
 
-
 # ---- Data and margins ----------------------------------------------------------------------------
 
 def test_all_inputs_and_their_split():
@@ -415,7 +412,6 @@ def test_margins_norm_and_what_is_right(activation, nu, monkeypatch):
     assert fc.evaluate([(a, 0 * f)])["accuracy"] == 0  # all classes equal: all wrong
     assert fc.norm(none) == 0 == fc.normalized_margin(none)
     assert all((x == 0).all() for x in fc.penalty(none, 0.3, nu, 1)[1].values())
-
 
 # ---- Learning ------------------------------------------------------------------------------------
 
@@ -501,7 +497,7 @@ def test_settings_of_transformers(k, p):
         **common, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "batch": 1024,
         "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
         "betas": [0.9, 0.98], "weight_decay": 4, "late_decay": late})
-    assert fc.complete({"model": "transformer", "layers": 2, "k": k, "p": p}) == {
+    assert fc.complete({"model": "transformer", "layers": 2, "k": k, "p": p}) == {"clip": 0.3,
         **common, "layers": 2, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
         "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 3, "betas": [0.98, 0.98]}
 
@@ -523,7 +519,6 @@ def test_timetable():
         warm = [config["lr"] * min(1, (step + 1) / 10) for step in range(100)]
         assert [fc.timetable(config, step) for step in range(100)] == [
             (pytest.approx(x * y), None) for x, y in zip(warm, down)]
-
 
 # ---- Fourier analysis ----------------------------------------------------------------------------
 
@@ -591,7 +586,6 @@ def test_embedding_spectra(p, top):
     s = fc.embedding_spectra({"E": np.stack(waves, axis=1)})
     assert s["shares"] == pytest.approx(np.array([5 / 6, 1 / 6] + [0] * (p // 2 - 2)), abs=1e-12)
     assert s["summary"]["embedding_share"] == pytest.approx(top)
-
 
 # ---- Attention: its symmetry and its spectra -----------------------------------------------------
 
@@ -661,7 +655,6 @@ def test_spectra_size_life_and_ablation_of_heads(p):
     scaled = fc.head_spectra(params | {"W_P": scale[:, None, None] * params["W_P"]})
     assert scaled["live"].tolist() == [True, True, False]
 
-
 # ---- Runs ----------------------------------------------------------------------------------------
 
 ATTENTION = {"model": "transformer", "k": 3, "p": 7, "heads": 6, "d_model": 12}
@@ -690,7 +683,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("settings", RUNS)
 def test_a_step_is_what_is_written(settings, steps):
     """The batch; the control variate with the c of the step before; where sizes are free the
-    penalty, and the decay, gated by the loss and by late_decay; AdamW; then the sizes."""
+    penalty, and the decay, gated by the loss and by late_decay; the clip; AdamW; sizes."""
     run = small_run(dtype="float64", **settings)
     config = run.config
     if "hold" in config:
@@ -712,6 +705,9 @@ def test_a_step_is_what_is_written(settings, steps):
         nu = fc.degree(k, config["activation"])
         pull = fc.penalty(params, config["penalty"], nu, config["penalty_power"])[1]
         gradients = {name: d + pull[name] for name, d in gradients.items()}
+    if "clip" in config:
+        size = math.sqrt(sum((d**2).sum() for d in gradients.values()))
+        gradients = {name: d * min(1, config["clip"] / size) for name, d in gradients.items()}
     moments = old.first, old.second
     fc.adamw(params, gradients, *moments, steps + 1, lr, decay, config["betas"])
     if rms:
@@ -804,7 +800,6 @@ def test_training_finds_the_circuit(settings, ranges):
     r = analyze.report(advance(fc.new_run(fc.complete(settings))))
     for name, (low, high) in ranges.items():
         assert low <= r[name] <= high, name
-
 
 # ---- Scripts, as a user runs them ----------------------------------------------------------------
 
@@ -914,7 +909,6 @@ def test_figures(tmp_path, monkeypatch):
     assert sorted(os.listdir("new/drawn")) == ["deep.png", "grokking.png", "heads.png", "mlp.png",
                                                "widths.png"]
 
-
 # ---- Bad input: one line, exit code 2, and nothing written ---------------------------------------
 
 BAD_TRAIN = """\
@@ -1014,7 +1008,6 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys, monkeypatch):
     with pytest.raises(fc.BadInput, match="No space left"):
         fc.save_run(path, small_run())
     assert os.listdir(tmp_path) == ["run.npz"] and path.read_bytes() == before
-
 
 # ---- A stand-in for CuPy -------------------------------------------------------------------------
 # Its own array class, no conversion to or from numpy behind one's back, only functions and keywords

@@ -33,7 +33,7 @@ FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
 FIGURES |= {figure: {"model": "transformer", "k": k, "p": p}
             for figure, k, p in ((3, 4, 31), (9, 3, 61), (10, 5, 17))}
 FIGURES[4] = {"model": "transformer", "layers": 2, "k": 2, "heads": 160, "d_head": 32,
-              "d_model": 128, "d_ff": 512, "weight_decay": 1e-3, "betas": [0.9, 0.98]}
+              "d_model": 128, "d_ff": 512, "weight_decay": 1e-3, "betas": [0.9, 0.98], "clip": 1e9}
 FIGURE_4_P = {2: 97, 3: 31, 4: 11, 5: 5}
 
 NUMBERS = (  # name, type, smallest, largest, meaning
