@@ -555,18 +555,17 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **given):
     scale, gamma, nu = natural_scale(k, p, m), max_margin(k, p), degree(k, activation)
     # At Gaussian weights the mean square of z^k is (2k-1)!! (k std^2)^k; logits start with rms 0.1.
     start = (0.1 / math.sqrt(m * math.prod(range(1, 2*k, 2)) * k**k)) ** (1 / (k + 1))
-    rule = {"k": k, "p": p, "m": m, "activation": activation, "max_margin": False,
+    rule = {"k": k, "p": p, "m": m, "activation": activation, "max_margin": False, "equal": 0.6,
             "train_fraction": 0.5, "steps": round(350 + k * p ** (k / 2) / 10), "batch": 1024,
-            "init_std": start, "equal": 0.6, "control_variate": "on",
-            "lr": 0.3 / k * scale, "betas": [0.9, 0.98],
+            "init_std": start, "control_variate": "on", "lr": 0.3 / k * scale, "betas": [0.9, 0.98],
             "weight_decay": 1.2 / (scale * nu), "penalty": 0.05 * gamma, "penalty_power": nu}
     if activation == "relu":
         rule |= {"steps": 1500, "init_std": 0.2 * scale, "equal": 0, "control_variate": "off",
                  "lr": 0.05 * scale, "weight_decay": 1.4 / (scale * nu), "penalty": 0}
     if given.get("max_margin"):
-        rule |= {"train_fraction": 1, "steps": 1100, "batch": 2**30, "init_std": 0.1 * scale,
-                 "equal": 0, "control_variate": "off", "lr": 0.03 * scale,
-                 "betas": [0.9, 0.95], "weight_decay": 0, "penalty": 0.1 * gamma}
+        rule |= {"train_fraction": 1, "steps": 500 * k, "batch": 2**30, "init_std": 0.03 * scale,
+                 "equal": 0, "control_variate": "off", "lr": 0.06 * scale, "betas": [0.95, 0.98],
+                 "weight_decay": 0, "penalty": 0.1 * gamma}
     return rule
 
 def timetable(config, step):

@@ -461,9 +461,8 @@ def test_training_begins_with_logits_of_rms_a_tenth(k, p):
 
 RELU = {"steps": 1500, "equal": 0, "control_variate": "off", "init_std": 0.2, "lr": 0.05,
         "weight_decay": 1.4, "penalty": 0, "penalty_power": 2}
-MAX_MARGIN = {"train_fraction": 1, "steps": 1100, "batch": 2**30, "init_std": 0.1, "equal": 0,
-              "control_variate": "off", "lr": 0.03, "betas": [0.9, 0.95], "weight_decay": 0,
-              "penalty": 0.1}
+MAX_MARGIN = {"train_fraction": 1, "batch": 2**30, "init_std": 0.03, "equal": 0, "lr": 0.06,
+              "control_variate": "off", "betas": [0.95, 0.98], "weight_decay": 0, "penalty": 0.1}
 
 @pytest.mark.parametrize("k, p, steps", [(2, 7, 351), (3, 23, 383), (4, 5, 360), (5, 8, 441)])
 @pytest.mark.parametrize("given, change", [
@@ -475,6 +474,8 @@ def test_settings_of_the_mlp(k, p, steps, given, change):
                 "train_fraction": 0.5, "steps": steps, "batch": 1024, "equal": 0.6, "lr": 0.3 / k,
                 "control_variate": "on", "betas": [0.9, 0.98], "weight_decay": 1.2,
                 "penalty": 0.05, "penalty_power": k + 1, **change, **given}
+    if "max_margin" in given:
+        expected["steps"] = 500 * k
     config = fc.complete({"k": k, "p": p, **given})
     scale = fc.natural_scale(k, p, expected["m"])
     in_units = config | {"lr": config["lr"] / scale, "init_std": config["init_std"] / scale,

@@ -1,7 +1,7 @@
 """Train a network to add k numbers modulo p and report the Fourier circuit that it became.
 
     python train.py --k 3 --p 23                    the circuit, a few seconds
-    python train.py --k 3 --p 23 --max-margin       the largest normalized margin, half a minute
+    python train.py --k 3 --p 23 --max-margin       the largest normalized margin, one minute
     python train.py --figure 1                      Figures 1, 5, 7 at full size: minutes
     python train.py --model transformer             one layer of attention, k = 3, p = 31: 80 s
                                                     --figure 3, 9, 10: 2 to 4 minutes
