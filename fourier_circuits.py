@@ -406,7 +406,7 @@ def rotated_network(k, p):
     of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). In exponentials the last
     cosine is half e^(-i (y + k psi_s)) and half its conjugate; times that, the x_j's term with q
     minus signs has e^(-2 i q psi_s), whose sum over s is k+1 for q = 0 and else 0: only
-    cos(x_1 + .. + x_k - y) is left. Even p (2, parity, too) has (k+1) 2^(k-2) (p-2) of these and
+    cos(x_1 + .. + x_k - y) is left. Even p (p = 2 too, parity) has (k+1) 2^(k-2) (p-2) of these and
     2^(k-1) for the Nyquist frequency, where cos(x_j) = (-1)^a_j needs no turning."""
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
