@@ -406,7 +406,7 @@ def rotated_network(k, p):
     of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). In exponentials the last
     cosine is half e^(-i (y + k psi_s)) and half its conjugate; times that, the x_j's term with q
     minus signs has e^(-2 i q psi_s), whose sum over s is k+1 for q = 0 and else 0: only
-    cos(x_1 + .. + x_k - y) is left. Even p (p = 2 too, parity) has (k+1) 2^(k-2) (p-2) of these and
+    cos(x_1 + .. + x_k - y) is left. Even p (2, parity, is one) has (k+1) 2^(k-2) (p-2) of these and
     2^(k-1) for the Nyquist frequency, where cos(x_j) = (-1)^a_j needs no turning."""
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
@@ -590,8 +590,8 @@ def standardize(params, rms):
 
 def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-30):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
-    first, second: running means of the gradient and of its square; step counts from 1. eps is tiny
-    as the gradients of a small network are below 1e-8. Biases, of one axis, do not decay."""
+    first, second: means of the gradient and of its square, running at betas; step counts from 1.
+    eps is tiny as a small network's gradients are below 1e-8. Biases, of one axis, do not decay."""
     beta1, beta2 = betas
     root = math.sqrt(1 - beta2**step)  # the bias corrections, taken out of the arrays
     size = lr * root / (1 - beta1**step)
@@ -914,9 +914,9 @@ def transformer(params, a):  # [n, k] -> [n, p]
 
 def transformer_settings(k=3, p=31, layers=1, **_):
     """The settings of transformers, a dict. Up to the share hold of the steps lr is held; then it
-    goes to 0, and decay is times late_decay. One layer: the smaller k, the smaller a start its
-    collisions need to generalize. Several layers: our Figure 4's light model, whose long momentum
-    and clipped gradient keep its accuracy from falling on the way."""
+    goes to 0. One layer: the smaller k, the smaller a start its collisions need to generalize; late
+    decay is times late_decay. Several layers: our Figure 4's light model; its long momentum and the
+    gradient, clipped to norm clip, keep accuracy from falling on the way at k = 2 and 3."""
     check_size(k, p)
     rule = {"k": k, "p": p, "layers": layers, "train_fraction": 0.5, "hold": 0.5}
     if layers != 1:

@@ -498,9 +498,10 @@ def test_settings_of_transformers(k, p):
         **common, "layers": 1, "heads": 160, "d_head": 4, "d_model": 128, "batch": 1024,
         "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
         "betas": [0.9, 0.98], "weight_decay": 4, "late_decay": late})
-    assert fc.complete({"model": "transformer", "layers": 2, "k": k, "p": p}) == {"clip": 0.3,
+    assert fc.complete({"model": "transformer", "layers": 2, "k": k, "p": p}) == {
         **common, "layers": 2, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
-        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 3, "betas": [0.98, 0.98]}
+        "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 3, "betas": [0.98, 0.98],
+        "clip": 0.3}
 
 def test_timetable():
     """Sizes are given for the share equal of the steps, growing from init_std to natural_scale, at
@@ -689,6 +690,8 @@ def test_a_step_is_what_is_written(settings, steps):
     config = run.config
     if "hold" in config:
         config["late_decay"] = 0.25
+    if "clip" in config and steps > 20:
+        config["clip"] = 1e3  # more than any gradient's norm: nothing is clipped
     old = copy.deepcopy(advance(run, steps))
     fc.train_step(run)
     k, p, params, index = config["k"], config["p"], old.params, old.index
@@ -856,6 +859,10 @@ def test_published_sizes():
     assert sizes == {1: (4, 47), 2: (4, 47), 5: (3, 97), 6: (3, 97), 7: (5, 23), 8: (5, 23),
                      3: (4, 31), 9: (3, 61), 10: (5, 17), 4: (2, None)}
     assert train.FIGURE_4_P == {2: 97, 3: 31, 4: 11, 5: 5}
+    fourth = {"heads": 160, "d_head": 32, "d_model": 128, "d_ff": 512, "lr": 1e-3,
+              "weight_decay": 1e-3, "betas": [0.9, 0.98], "clip": 1e9}
+    config = fc.complete({**train.FIGURES[4], "p": 97})
+    assert {name: config[name] for name in fourth} == fourth
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(number, tmp_path, monkeypatch, capsys):

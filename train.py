@@ -27,7 +27,7 @@ import numpy as np
 import fourier_circuits as fc
 from analyze import MEASURES, Parser, print_report, report, run_main
 
-# The published sizes, the MLP's widths by default; 2, 6, 8 show the runs of 1, 5, 7 again.
+# The published sizes, the MLP's widths by default; 2, 6, 8 show 1, 5, 7 again; 4 clips nothing.
 FIGURES = {1: {"k": 4, "p": 47}, 5: {"k": 3, "p": 97}, 7: {"k": 5, "p": 23}}
 FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
 FIGURES |= {figure: {"model": "transformer", "k": k, "p": p}
