@@ -18,11 +18,13 @@ import numpy as np
 
 import fourier_circuits as fc
 
+
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
 
 def run_main(main):
     """Run a script's main: what the user can mend is one line on stderr and exit code 2."""
@@ -45,6 +47,7 @@ def run_main(main):
 
 # ---- The report: what a trained network is and does, as numbers and as text ----------------------
 
+
 def report(run):
     """All that is printed of a run, as a dict ready for JSON. Measured on all of D_p, but for the
     two ablated networks on at most 2^17 random inputs and for grokking, which reads the history."""
@@ -61,11 +64,14 @@ def report(run):
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
             **measures["summary"], **about(run, whole, measures, sample)}
 
+
 def mean(x, part):
     return float(x[part].mean()) if part.any() else None
 
+
 def histogram(frequencies, p):  # how often each of 1 .. p // 2 is there
     return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
+
 
 def report_neurons(run, whole, measures, sample):
     """report's part on the MLP; margins are normalized."""
@@ -89,6 +95,7 @@ def report_neurons(run, whole, measures, sample):
             "margin": whole["margin"] / size, **theory,
             "restricted_accuracy": kept, "excluded_accuracy": rest}
 
+
 def report_heads(run, whole, measures, sample):
     """report's part on attention: medians over live heads, at init over all; accuracies on held-out
     orbits (fresh), on those where a_1 .. a_{k-1} all differ (distinct) or not (collision)."""
@@ -110,12 +117,14 @@ def report_heads(run, whole, measures, sample):
             "restricted_accuracy": kept, "excluded_accuracy": rest,
             "each_head": [dict(zip(each, head)) for head in heads]}
 
+
 def report_embedding(run, whole, measures, sample):
     """report's part on a transformer of several layers: its grokking, its embedding's spectrum."""
     tenth = -(-len(measures["shares"]) // 10)
     return {**grokking(run.history), "tenth": tenth,
             "embedding_share_at_init": float(np.sort(measures["at_init"])[-tenth:].sum()),
             "embedding_spectrum": measures["shares"].tolist()}
+
 
 def grokking(history, level=0.99):
     """Of the lines of a history: when accuracy on each part first reached level (None: never), the
@@ -128,6 +137,7 @@ def grokking(history, level=0.99):
     return {"steps_to_train": reached("train"), "steps_to_test": reached("test"),
             "largest_gap": max(gap, default=None),
             "gap_area": float(np.dot(gap, width)) if gap else None}
+
 
 NEURONS = """
 {k} numbers modulo {p}, {m} neurons, {activation} activation, seed {seed}
@@ -166,6 +176,7 @@ d_ff {d_ff}, seed {seed}
 frequencies; at init {embedding_share_at_init:.3f}
   its spectrum from 1  {bars}|"""
 
+
 class Text(string.Formatter):
     """str.format that shows a number that there is not as -, and a list entry by entry."""
 
@@ -174,11 +185,13 @@ class Text(string.Formatter):
             return ", ".join(format(y, form) for y in x)
         return "-" if x is None else format(x, form)
 
+
 def bars(x, low=None):
     """Numbers as a row of blocks. bars([0, 1, 2]) -> ' ▄█'."""
     low, high = np.min(x) if low is None else low, np.max(x)
     level = np.round(8 * (np.asarray(x) - low) / ((high - low) or 1)).astype(int)
     return "".join(" ▁▂▃▄▅▆▇█"[i] for i in level)
+
 
 def print_report(r):
     """Print what report(run) measured."""
@@ -189,6 +202,7 @@ def print_report(r):
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
     print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
+
 
 def group_runs(runs):
     """Runs that differ only in the seed, together: {(k, p, other settings that tell the groups
@@ -206,6 +220,7 @@ def group_runs(runs):
         group.append(run)
     return groups
 
+
 def spread(values, form, none="-"):
     """Mean (smallest..largest) of the values that are known."""
     known = [x for x in values if x is not None]
@@ -213,6 +228,7 @@ def spread(values, form, none="-"):
         return none
     some = f", {len(known)} of {len(values)}" if len(known) < len(values) else ""
     return f"{np.mean(known):{form}} ({min(known):{form}}..{max(known):{form}}{some})"
+
 
 def print_groups(groups):
     """Grokking, mean and range over the seeds of each group."""
@@ -228,11 +244,13 @@ def print_groups(groups):
               "{:22s} {:22s} {:18s} {:20s} {:21s} {}".format(
                   *cells, spread(last, ".3f"), apart).rstrip())
 
+
 MEASURES = {  # of a run's state, in a line of progress and in a table of runs
     "max_normalized_power": "power {:5.3f}", "single_frequency_fraction": "single {:5.3f}",
     "phase_error": "phase {:5.3f}", "top_two_share": "top two {:5.3f}",
     "live_heads": "live {:3d}", "embedding_share": "embedding {:5.3f}",
     "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:6.4f}"}
+
 
 def print_table(reports):
     """One line a run."""
@@ -243,11 +261,13 @@ def print_table(reports):
         ends = [Text().format(text, r[name]) for name, text in MEASURES.items() if name in r]
         print(start.format(size=size, test=test, **r), *ends, sep="  ")
 
+
 def strongest(size, live, frequency, count):
     """The largest live ones, count of them, that differ in frequency."""
     order = np.argsort(-size)[:live.sum()]
     _, first = np.unique(frequency[order], return_index=True)
     return order[np.sort(first)[:count]]
+
 
 def print_neurons(run, count=3):
     """Some live neurons of different frequencies: weights over 0..p-1 beside their spectra."""
@@ -261,6 +281,7 @@ def print_neurons(run, count=3):
         for name, x, power in zip(names, vectors[:, :, i], spectra[:, :, i]):
             print(f"  {name:4s} {bars(x)} | {bars(power, low=0)}")
 
+
 def print_heads(run, lines=20):
     """The strongest live heads, a line each."""
     measures = fc.head_spectra(run.params)
@@ -272,6 +293,7 @@ def print_heads(run, lines=20):
         print(f" {h:4d} {measures['size'][h]:5.3f}   {tops}        {measures['rank'][h]:3d}")
     if len(order) > lines:
         print(f"  .. and {len(order) - lines} more live heads, all in --json")
+
 
 def print_lemma(run):
     """Lemma F.2: S_j = f^(j,..,j,-j) is positive for every j of a max-margin network."""
@@ -289,6 +311,7 @@ def print_lemma(run):
     print(f"  share of f's power on (j,..,j,-j): {inside / (f.sum() - constant):.4f} "
           f"(what all classes share left out)")
 
+
 def print_theory(k, p):
     """Both networks against Theorem 4.1 on all p^k inputs."""
     networks = {"the rotated": fc.rotated_network(k, p)}
@@ -304,10 +327,12 @@ def print_theory(k, p):
 
 # ---- Figures: one style, two colours -------------------------------------------------------------
 
+
 BEFORE, AFTER = "#b8a88a", "#1f5f99"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
          "axes.titlesize": 9, "xtick.labelsize": 7, "ytick.labelsize": 7,
          "legend.frameon": False, "figure.constrained_layout.use": True}
+
 
 def new_figure(width, height):
     """An empty figure, in inches. Raises BadInput where matplotlib is missing."""
@@ -317,6 +342,7 @@ def new_figure(width, height):
         raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
     matplotlib.rcParams.update(STYLE)
     return matplotlib.figure.Figure(figsize=(width, height))
+
 
 def save_figure(figure, directory, name):
     """Write a PNG whole or not at all, and say so on stderr."""
@@ -329,6 +355,7 @@ def save_figure(figure, directory, name):
         raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
     print(path, file=sys.stderr)
 
+
 def draw_curve(axis, runs, key, label, colour):
     """A number of the histories over steps: mean and range of the runs, to the shortest's end."""
     lines = list(zip(*(run.history for run in runs)))
@@ -338,12 +365,14 @@ def draw_curve(axis, runs, key, label, colour):
         axis.plot(steps, y.mean(axis=1), color=colour, label=label)
         axis.fill_between(steps, y.min(axis=1), y.max(axis=1), alpha=0.3, lw=0, color=colour)
 
+
 def draw_shares(axis, before, after, title):
     """Histograms of shares of power before and after training."""
     for x, colour, label in ((before, BEFORE, "before"), (after, AFTER, "after")):
         axis.hist(x.ravel(), np.linspace(0, 1, 51), color=colour, label=label, density=True)
     axis.set(title=title, yticks=())
     axis.legend()
+
 
 def draw(run, name, directory):
     """One figure of a run: what its weights were and became, and how it learned."""
@@ -356,6 +385,7 @@ def draw(run, name, directory):
     last.set(xlabel="step", ylim=(0, 1.03))
     last.legend(handles=last.lines)
     save_figure(figure, directory, name)
+
 
 def draw_mlp(run):
     """The paper's Figures 1 and 2: a neuron and its spectra, frequencies, power; before, after."""
@@ -388,6 +418,7 @@ def draw_mlp(run):
                 "maximum normalized power of all $u_1 .. u_k, w$")
     return figure, last
 
+
 def draw_attention(run, count=4):
     """The paper's Figures 3, 9 and 10: attention matrices S_h above their 2-D spectra."""
     measures, (s, _) = fc.head_spectra(run.params), fc.head_tables(run.params)
@@ -410,6 +441,7 @@ def draw_attention(run, count=4):
                 "power in a head's top two pairs")
     return figure, last
 
+
 def draw_groups(groups, directory, name="grokking"):
     """Figure 4: accuracies over steps, a panel a group, mean and range over its seeds."""
     figure = new_figure(2.6 * len(groups) + 0.6, 4)
@@ -424,6 +456,7 @@ def draw_groups(groups, directory, name="grokking"):
     axes[1, 0].set_ylabel("embedding's power in\nthe top tenth of frequencies")
     axes[0, 0].legend(handles=axes[0, 0].lines)
     save_figure(figure, directory, name)
+
 
 def draw_widths(reports, directory):
     """margin / gamma* against the width, a dot a run and a line through the means."""
@@ -443,6 +476,7 @@ def draw_widths(reports, directory):
     axis.set(xscale="log", xlabel="neurons (dotted: the theorem's width)", ylabel="margin / gamma*")
     axis.legend()
     save_figure(figure, directory, "widths")
+
 
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -495,6 +529,7 @@ def main(argv):
     elif args.figures and several:
         draw_widths(reports, args.figures)
     return 0
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -49,8 +49,10 @@ SLICE_BYTES = 2**25  # of the MLP's hidden layer: larger batches go in slices; D
 MAX_BYTES = 2**31  # of the largest array
 TINY = 1e-30  # in a denominator, where all-zero weights have power 0, not 0/0
 
+
 class BadInput(ValueError):
     """What the user asked for cannot be done; the message says why and what to do, in one line."""
+
 
 def use_device(device):
     """Choose numpy ("cpu") or cupy ("gpu"); "auto" takes a GPU if there is one. -> "cpu" or "gpu".
@@ -68,6 +70,7 @@ def use_device(device):
                        "use --device cpu")
     return "cpu" if xp is np else "gpu"
 
+
 def keep_freed_memory():
     """Ask glibc, where there is one, to keep large freed arrays for the next ones of their size.
     Fresh memory costs more than the sums that fill it; so y = x + 1 is as fast as reusing y."""
@@ -76,9 +79,11 @@ def keep_freed_memory():
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller arrays come from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap keeps what is freed
 
+
 def to_host(x):
     """A numpy array with the same numbers."""
     return x if isinstance(x, np.ndarray) else xp.asnumpy(x)
+
 
 def slices(count, row_bytes, most=None):
     """Slices that cover range(count), each of at most `most` bytes (CACHE_BYTES), or of one row."""
@@ -86,6 +91,7 @@ def slices(count, row_bytes, most=None):
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 # ---- Data: D_p, all p^k inputs with their sums modulo p (Eq. 1) ----------------------------------
+
 
 def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
@@ -96,9 +102,11 @@ def check_size(k, p, m=1):
         raise BadInput(f"too large: {p}^{k} inputs, or {m} neurons of (k+1) p weights, exceed "
                        f"{MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
 
+
 def digits(index, k, p):  # [n] -> [n, k]
     """Inputs by their number in all_inputs: digits(0 .. p^k - 1) counts up, a_k fastest."""
     return index[:, None] // p ** xp.arange(k - 1, -1, -1) % p
+
 
 def all_inputs(k, p):
     """All of D_p (Eq. 1), int [p^k, k], a_k running fastest. Raises BadInput if it is too large.
@@ -106,9 +114,11 @@ def all_inputs(k, p):
     check_size(k, p)
     return digits(xp.arange(p**k), k, p)
 
+
 def labels(a, p):  # [n, k] -> [n]
     """a_1 + .. + a_k mod p."""
     return a.sum(axis=1) % p
+
 
 def split(k, p, fraction, rng, orbit=None):
     """A random part of D_p to train on: bool [p^k] on the host, True on round(fraction p^k) inputs.
@@ -127,13 +137,16 @@ def split(k, p, fraction, rng, orbit=None):
 
 # ---- The network: f(theta, a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2) ----
 
+
 def embed_sum(u, a):  # [k, p, m], [n, k] -> [n, m]
     """z = u_1[a_1] + .. + u_k[a_k], as one product of one-hot rows with a [k p, m] table."""
     k, p, m = u.shape
     onehot = xp.eye(p, dtype=u.dtype)[a].reshape(len(a), k * p)
+
     def backward(dz):
         return (onehot.T @ dz).reshape(k, p, m)  # adds in a fixed order, as a scatter may not
     return onehot @ u.reshape(k * p, m), backward
+
 
 def embed_grid(u, prefix):  # [k, p, m], [n, k-1] -> [n p, m]
     """embed_sum for the beginnings a_1 .. a_{k-1}, each with all p numbers a_k: a broadcast sum."""
@@ -141,10 +154,12 @@ def embed_grid(u, prefix):  # [k, p, m], [n, k-1] -> [n p, m]
     n = len(prefix)
     begun, begun_backward = embed_sum(u[:-1], prefix)
     z = begun[:, None] + u[-1]  # [n, p, m]
+
     def backward(dz):
         dz = dz.reshape(n, p, m)
         return xp.concatenate([begun_backward(dz.sum(axis=1)), dz.sum(axis=0)[None]])
     return z.reshape(n * p, m), backward
+
 
 def power(z, k):  # [n, m] -> [n, m]
     """h = z^k; below = z^(k-1), made of squares, gives the slope k z^(k-1)."""
@@ -154,9 +169,11 @@ def power(z, k):  # [n, m] -> [n, m]
         below = functools.reduce(xp.multiply, [x * x] * ((k - 1) // 2) + [x] * ((k - 1) % 2))
         xp.multiply(below, x, out=h[rows])
         xp.multiply(below, k, out=slope[rows])
+
     def backward(dh):
         return dh * slope
     return h, backward
+
 
 def relu(z):  # [n, m] -> [n, m]
     """h = max(z, 0): the other activation of Morwani et al. 2024 (arXiv 2311.07568)."""
@@ -164,26 +181,31 @@ def relu(z):  # [n, m] -> [n, m]
         return dh * (z > 0)
     return xp.maximum(z, 0), backward
 
+
 def cross_entropy(logits, y):  # [n, p], [n] -> scalar
     """Mean of -log softmax(logits)[y]; backward() -> (softmax - onehot) / n."""
     n, each = len(y), xp.arange(len(y))
     x = logits - logits.max(axis=1, keepdims=True)
     exp = xp.exp(x)
     total = exp.sum(axis=1, keepdims=True)
+
     def backward():
         dlogits = exp / (n * total)
         dlogits[each, y] -= 1 / n
         return dlogits
     return (xp.log(total)[:, 0] - x[each, y]).mean(), backward
 
+
 def gaussian(weights, rng, dtype):
     """{name: N(0, std^2)} for weights {name: (shape, std)}; drawn on the host, for any device."""
     return {name: xp.asarray((std * rng.standard_normal(shape)).astype(dtype))
             for name, (shape, std) in weights.items()}
 
+
 def init_mlp(rng, k, p, m, init_std, dtype="float32", **_):
     """{"u": [k, p, m], "w": [m, p]}, entries N(0, init_std^2)."""
     return gaussian({"u": ((k, p, m), init_std), "w": ((m, p), init_std)}, rng, dtype)
+
 
 def mlp(params, a, activation="power", embed=embed_sum):  # [n, k] -> [n, p]
     """The network of Eq. 2 on inputs a; activation "power" (z^k) or "relu".
@@ -191,10 +213,12 @@ def mlp(params, a, activation="power", embed=embed_sum):  # [n, k] -> [n, p]
     u, w = params["u"], params["w"]
     z, embed_backward = embed(u, a)
     h, activation_backward = power(z, len(u)) if activation == "power" else relu(z)
+
     def backward(dlogits):  # logits = h w
         dz = activation_backward(dlogits @ w.T)
         return {"u": embed_backward(dz), "w": h.T @ dlogits}
     return h @ w, backward
+
 
 def mlp_pieces(params, a=None, activation="power"):
     """mlp, a slice of the inputs at a time: yields (inputs, logits, backward). a: [n, k]; None: all
@@ -211,14 +235,17 @@ def mlp_pieces(params, a=None, activation="power"):
 
 # ---- Norm (Def. B.2), penalty (Def. 3.1), margins, the largest of them (Theorem 4.1) -------------
 
+
 def neuron_norms(params):  # -> [m]
     """||theta_i||_2 over the (k+1) p numbers of each neuron."""
     u, w = params["u"], params["w"]
     return xp.sqrt(xp.einsum("kpm,kpm->m", u, u) + xp.einsum("mp,mp->m", w, w))
 
+
 def degree(k, activation="power"):
     """nu, the degree in which f is homogeneous: k + 1 for the power activation, 2 for ReLU."""
     return k + 1 if activation == "power" else 2
+
 
 def norm(params, nu=None):
     """||theta||_{2,nu} = (sum_i ||theta_i||_2^nu)^(1/nu), nu = k + 1 by default (Def. B.2)."""
@@ -226,6 +253,7 @@ def norm(params, nu=None):
     norms = neuron_norms(params)
     largest = norms.max()  # taken out first, so that no power overflows
     return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu)) if largest != 0 else 0.0
+
 
 def penalty(params, strength, nu, exponent):
     """strength ||theta||_{2,nu}^exponent (Def. 3.1) -> value, gradients. exponent 1 is the paper's
@@ -236,6 +264,7 @@ def penalty(params, strength, nu, exponent):
     pull = strength * exponent * (total + (total == 0)) ** (exponent - nu) * norms ** (nu - 2)
     return strength * total**exponent, {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
 
+
 def max_margin(k, p):
     """gamma*, the largest normalized margin of any network (Theorem 4.1, part 1).
 
@@ -245,6 +274,7 @@ def max_margin(k, p):
     gamma = 2 * math.factorial(k) / ((2*k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
     return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
+
 def margins(logits, y):  # [n, p], [n] -> [n], [n]
     """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
     The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong."""
@@ -252,6 +282,7 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
     right = logits[each, y]
     wrong[each, y] = -xp.inf
     return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
+
 
 def evaluate(pieces):
     """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict: right,
@@ -266,6 +297,7 @@ def evaluate(pieces):
     return {"right": right, "accuracy": float(right.mean()), "loss": loss / len(right),
             "margin": float(margin.min()), "largest_margin": float(margin.max())}
 
+
 def normalized_margin(params, activation="power"):
     """h(theta) / ||theta||^nu, the margin of theta / ||theta|| over D_p; for z^k at most gamma*."""
     nu = degree(len(params["u"]), activation)
@@ -275,6 +307,7 @@ def normalized_margin(params, activation="power"):
 # numpy's sign: x^(j) = sum_a x(a) e^(-2 pi i j a/p), so that A cos(theta + 2 pi zeta a/p) has
 # theta = arg x^(zeta).
 
+
 def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
     """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
     x = np.moveaxis(to_host(x), axis, -1)
@@ -282,19 +315,23 @@ def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
     fold = 2 - ((j == 0) | (2 * j == p)).astype(x.dtype)  # the mean and Nyquist have no partner
     return np.moveaxis(fold * np.abs(np.fft.rfft(x)) ** 2, -1, axis)
 
+
 def max_normalized_power(x, axis=-1):
     """The largest share of power at a zeta >= 1, the mean included in the whole; 1 = a cosine."""
     spectrum = np.moveaxis(power_spectrum(x, axis), axis, 0)
     return spectrum[1:].max(axis=0) / np.maximum(spectrum.sum(axis=0), TINY)
+
 
 def expected_max_power(p):
     """Mean of max_normalized_power over Gaussian vectors: 2 H_n/p, n = (p-1)/2 (harmonic number),
     for odd p, else None. expected_max_power(23) -> 0.263"""
     return sum(2 / i for i in range(1, (p + 1) // 2)) / p if p % 2 else None
 
+
 def neurons(params):  # -> [k+1, p, m]
     """All vectors of all neurons: u_1 .. u_k and then w."""
     return xp.concatenate([params["u"], params["w"].T[None]])
+
 
 def neuron_spectra(params):
     """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host.
@@ -319,6 +356,7 @@ def neuron_spectra(params):
                 "single_frequency_fraction": float((concentration[live] > 0.95).mean()),
                 "frequencies_used": len(np.unique(zeta[live]))}}
 
+
 def ablate(params):
     """The causal check: the network restricted to each neuron's own frequency, and the rest.
     -> restricted, excluded, which add up to params (after Nanda et al. 2023, arXiv 2301.05217)."""
@@ -328,6 +366,7 @@ def ablate(params):
     kept = np.fft.irfft(transform, n=p, axis=1).astype(vectors.dtype)
     return [{"u": xp.asarray(v[:k]), "w": xp.asarray(v[k].T.copy())}
             for v in (kept, vectors - kept)]
+
 
 def network_dft(params):
     """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f of Eq. 2 (Lemma F.2), complex [p, ..].
@@ -344,6 +383,7 @@ def network_dft(params):
 # |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error). At a given norm, as k+1 >= 3, a neuron gives most
 # with all power at one frequency, shared equally by u_1 .. u_k and w, and phase error 0.
 
+
 def neuron_dft(params):  # -> complex [p, m]
     """Each neuron's f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), set to 0 at j = 0."""
     u, w = params["u"], params["w"]
@@ -351,10 +391,12 @@ def neuron_dft(params):  # -> complex [p, m]
     dft[0] = 0
     return math.factorial(len(u)) * dft
 
+
 def diagonal_dft(params):  # -> [p]
     """S_j = f^(j, .., j, -j) for j = 1 .. p-1, real if all phase errors are 0; S_0 = 0.
     A max-margin network has S_j > 0 (Lemma F.2), on the unit ball S_j = gamma* p^k."""
     return neuron_dft(params).sum(axis=1)
+
 
 def margin_bound(params):
     """An upper bound on the margin h: the least mean over D_p of f[y] - f[y + Delta], Delta != 0.
@@ -363,6 +405,7 @@ def margin_bound(params):
     diagonal = diagonal_dft(params)
     means = (diagonal.sum() - xp.fft.fft(diagonal)).real[1:] / float(p) ** (k + 1)
     return float(means.min())
+
 
 def efficiency(params):  # -> [m]
     """Each neuron's class-weighted margin at unit norm, sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k),
@@ -375,9 +418,11 @@ def efficiency(params):  # -> [m]
 
 # ---- Theory: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1) --------------
 
+
 def half_of_all_signs(k):  # -> [2^(k-1), k]
     """All of {-1, 1}^k with first sign +1."""
     return np.array(list(itertools.product((1,), *[(1, -1)] * (k - 1))))
+
 
 def paper_network(k, p):
     """The paper's max-margin network (Lemmas 4.3, E.3): 2^(2k-2) (p-1) neurons, float64, norm 1.
@@ -400,6 +445,7 @@ def paper_network(k, p):
     phases = -np.pi / 2 * np.column_stack([late, q % 2]).repeat(len(signs), axis=0)
     return cosine_network(k, p, amplitudes, phases)
 
+
 def rotated_network(k, p):
     """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
     All phases turn together, by psi_s = pi s/(k+1) for s = 0 .. k, those of w by k psi_s. The signs
@@ -413,6 +459,7 @@ def rotated_network(k, p):
     amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
     turns = np.repeat(np.arange(k + 1), len(signs))[:, None] * np.array([1] * k + [k])
     return cosine_network(k, p, amplitudes, np.pi / (k + 1) * turns)
+
 
 def cosine_network(k, p, amplitudes, phases):
     """-> {"u", "w"} of norm 1: neurons amplitude cos(phase + 2 pi zeta a/p), [rows, k+1] of each,
@@ -430,6 +477,7 @@ def cosine_network(k, p, amplitudes, phases):
         parts.append(size * x / np.sqrt((x**2).sum(axis=(1, 2), keepdims=True)))
     x = np.concatenate(parts).transpose(1, 2, 0)  # [k+1, p, m]
     return {"u": xp.asarray(x[:k].copy()), "w": xp.asarray(x[k].T.copy())}
+
 
 def theory_check(params):
     """Compare a network of norm 1 with Theorem 4.1 (G.2) on all p^k inputs, by brute force.
@@ -473,6 +521,7 @@ def theory_check(params):
 
 # ---- Learning: one loss, cross-entropy; a control variate that quiets its gradient; AdamW --------
 
+
 def product_term(params, a):  # [n, k] -> scalar, {"u": du, "w": dw}
     """A quiet estimate of the linear part of cross-entropy, and its gradients.
 
@@ -507,6 +556,7 @@ def product_term(params, a):  # [n, k] -> scalar, {"u": du, "w": dw}
     dw = product.T @ (scale * (eye[y] - 1 / p))  # w~ = w - mean_c w
     return value, {"u": du, "w": dw}
 
+
 def loss_and_gradients(pieces, n, quiet=None, c=0):
     """Mean cross-entropy over n inputs in pieces (inputs, logits, backward), and its gradients.
     quiet: an MLP's parameters, for the control variate. A multiple c of L's gradient is taken out
@@ -536,10 +586,12 @@ def loss_and_gradients(pieces, n, quiet=None, c=0):
             grads[name] = grads[name] + d if name in grads else d
     return loss, grads, best
 
+
 def natural_scale(k, p, m):
     """The entry size (rms) at which m ideal neurons of equal norm have margin 10 on every input,
     gamma* m norm^(k+1) (Theorem 4.1); a neuron has (k+1) p entries."""
     return (10 / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
+
 
 def mlp_settings(k=3, p=23, m=None, activation="power", **given):
     """The settings of the MLP, a dict: one rule for all k and p, in units of natural_scale.
@@ -568,6 +620,7 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **given):
                  "weight_decay": 0, "penalty": 0.1 * gamma}
     return rule
 
+
 def timetable(config, step):
     """-> lr of this step, rms: the size to give all vectors after it (None: they are free).
     While the size is given it grows, slowly at first, from init_std to where the ideal network has
@@ -582,11 +635,13 @@ def timetable(config, step):
     rms = config["init_std"] ** (1 - grown) * full**grown
     return lr * rms / full, rms
 
+
 def standardize(params, rms):
     """Give each u_j and w of each neuron mean 0 and this root mean square, in place."""
     for x in (params["u"], params["w"]):
         x -= x.mean(axis=1, keepdims=True)
         x *= rms / xp.sqrt((x * x).mean(axis=1, keepdims=True))
+
 
 def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-30):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
@@ -609,7 +664,9 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-30
 #     E [p, d]             token embedding          W_Q, W_K, W_V [d, H, e]   H heads of width e
 #     b [H]                own score's bias         W_P [H, e, p]             projection to logits
 
+
 HEADS = "W_Q", "W_K", "W_V", "W_P"
+
 
 def orbits(k, p):  # -> int [p^k], on the host
     """For each input the number of its orbit's first member, a_1 <= .. <= a_{k-1}. To attention
@@ -618,10 +675,12 @@ def orbits(k, p):  # -> int [p^k], on the host
     a[:, :-1].sort(axis=1)
     return a @ p ** np.arange(k - 1, -1, -1)
 
+
 def collisions(k, p):  # -> bool [p^k], on the host
     """Inputs with two equal numbers among a_1 .. a_{k-1} (see attention)."""
     ordered = np.stack(np.unravel_index(orbits(k, p), (p,) * k))[:-1]
     return (np.diff(ordered, axis=0) == 0).any(axis=0)
+
 
 def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **_):
     """Embedding N(0, init_std^2 / 4), weights N(0, init_std^2 / fan-in), b ~ N(0, 1)."""
@@ -629,6 +688,7 @@ def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **
     write = (heads, d_head, p), init_std / math.sqrt(heads * d_head)
     return gaussian({"E": ((p, d_model), init_std / 2), **dict.fromkeys(HEADS[:3], read),
                      "W_P": write, "b": ((heads,), 1)}, rng, dtype)
+
 
 def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], OV [H, v, c]
     """What heads attend to and what they then write, for the v vectors that a first layer can see.
@@ -643,6 +703,7 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
     query, key, value = (xp.tensordot(x, w, 1).transpose(1, 0, 2) for w in read)  # [H, v, e]
     s = scale * (query @ key.transpose(0, 2, 1))
     ov = value @ write
+
     def backward(ds, dov):
         # ov = value write
         dvalue = dov @ write.transpose(0, 2, 1)
@@ -658,6 +719,7 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
             dread.append((x.T @ dy).reshape(w.shape))
         return dx, [*dread, dwrite]
     return s, ov, backward
+
 
 def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [n, c]
     """Each input's query attends to its j keys, by the tables of circuits.
@@ -684,6 +746,7 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
     y = xp.empty((j * n, c), s.dtype)
     for t, pair in enumerate(pairs):
         xp.matmul(weight[pair], write[t], out=y[pair])
+
     def backward(dy):
         # y[pair] = weight[pair] write[t]; y = the sum of an input's places
         dy = dy[order % n]  # [j n, c], sorted
@@ -705,6 +768,7 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
         return dtable.transpose(2, 1, 0), dwrite.transpose(1, 0, 2), db
     return y[back].reshape(j, n, c).sum(axis=0), backward
 
+
 def attention(params, a):  # [n, k] -> [n, p]
     """logits[c] = sum_h sum_j A_hj OV_h[a_j, c], softmax over the k numbers, queried by the last.
 
@@ -716,11 +780,13 @@ def attention(params, a):  # [n, k] -> [n, p]
     s_j OV[a_j] gives the same with the sign +: it needs other heads, and is counted apart."""
     s, ov, circuits_backward = circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1])
+
     def backward(dlogits):
         ds, dov, db = attend_backward(dlogits)
         de, dweights = circuits_backward(ds, dov)
         return {"E": de, **dict(zip(HEADS, dweights)), "b": db}
     return logits, backward
+
 
 def head_tables(params):
     """S_h without the mean of each query's row, which no softmax can see; OV_h without its mean
@@ -730,11 +796,13 @@ def head_tables(params):
     ov = ov - ov.mean(axis=1, keepdims=True)
     return s - s.mean(axis=2, keepdims=True), ov - ov.mean(axis=2, keepdims=True)
 
+
 def head_spectrum(s):  # [H, p, p] -> [H, p, p // 2 + 1]
     """2-D DFT power, of rows of mean 0 (none at v = 0). [u, v]: query, key frequency; (-u, -v), its
     equal in a real matrix, is counted in. (Of an even p, the pairs at v = p/2 stay apart.)"""
     v, p = np.arange(s.shape[1] // 2 + 1), s.shape[1]
     return np.abs(np.fft.rfft2(s)) ** 2 * (2 - (2 * v == p))
+
 
 def head_spectra(params):
     """Each head's Fourier measures (Figures 3, 9, 10) by head_tables, as a dict of host arrays.
@@ -762,6 +830,7 @@ def head_spectra(params):
                 "top_two_share": float(np.median(shares[live, 1])), "live_heads": int(live.sum()),
                 "frequencies_used": len(np.unique(top[live, 0, 1]))}}
 
+
 def ablate_heads(params, keep=2):
     """The causal check: each S_h with its top frequency pairs only, and with all the others only.
     -> restricted, excluded: functions of inputs a [n, k] that give logits [n, p]."""
@@ -780,7 +849,9 @@ def ablate_heads(params, keep=2):
 #     P [k, d]   position embedding                  W_O [H, e, d]
 #     W_U [d, p] logits at the last position         W_1 [d, f], W_2 [f, d]
 
+
 ATTENTION, FORWARD = ("W_Q", "W_K", "W_V", "W_O"), ("W_1", "W_2")
+
 
 def init_transformer(rng, k, p, layers, heads, d_head, d_model, d_ff, init_std, dtype="float32",
                      **_):
@@ -794,15 +865,18 @@ def init_transformer(rng, k, p, layers, heads, d_head, d_model, d_ff, init_std, 
         weights |= {f"{name} {l}": size for name, size in zip(ATTENTION + FORWARD, block)}
     return gaussian(weights | {"W_U": ((d, p), std)}, rng, dtype)
 
+
 def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     """Mean 0 and variance 1, without gain or bias: the weights that read it can hold a gain."""
     mean = lambda x: x.mean(axis=-1, keepdims=True)
     centred = x - mean(x)
     r = 1 / xp.sqrt(mean(centred * centred) + eps)
     z = centred * r
+
     def backward(dz):
         return r * (dz - mean(dz) - z * mean(z * dz))  # z = centred r; r falls as x spreads
     return z, backward
+
 
 def first_attention(table, weights, a, p):  # [k p, d], .., [n, k] -> [n, k, d]
     """x + attention(layernorm(x)) in layer 1, by tables, for speed: it sees but k p vectors. Row
@@ -815,6 +889,7 @@ def first_attention(table, weights, a, p):  # [k p, d], .., [n, k] -> [n, k, d]
     row = a + p * xp.arange(k)  # [n, k], of the table
     y, attend_backward = attend(xp.where(later, -xp.inf, s), ov, xp.zeros(len(s), s.dtype),
                                 row.repeat(k, axis=0), row.reshape(-1))
+
     def backward(dx):
         dx = dx.reshape(n * k, -1)
         ds, dov, _ = attend_backward(dx)
@@ -823,6 +898,7 @@ def first_attention(table, weights, a, p):  # [k p, d], .., [n, k] -> [n, k, d]
         onehot = xp.eye(k * p, dtype=table.dtype)[row.reshape(-1)]
         return norm_backward(dz) + onehot.T @ dx, dweights
     return table[row] + y.reshape(n, k, -1), backward
+
 
 def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [n, 1, d] if last
     """Causal attention past layer 1, where states differ from input to input and tables are no use.
@@ -841,6 +917,7 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
     A /= A.sum(axis=2, keepdims=True)
     mix = xp.einsum("nijh,njhe->nihe", A, v)
     y = xp.tensordot(mix, w_o, 2)
+
     def backward(dy):
         # y = mix w_o
         dw_o = xp.tensordot(mix, dy, ([0, 1], [0, 1]))
@@ -861,9 +938,11 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
         return dx, [*dweights, dw_o]
     return y, backward
 
+
 def feed_forward(x, w1, w2):  # [n, j, d], [d, f], [f, d] -> [n, j, d]
     """relu(x W_1) W_2."""
     h, relu_backward = relu(xp.tensordot(x, w1, 1))
+
     def backward(dy):
         dz = relu_backward(xp.tensordot(dy, w2, (2, 1)))
         dw1 = xp.tensordot(x, dz, ([0, 1], [0, 1]))  # h = relu(x w1)
@@ -871,17 +950,20 @@ def feed_forward(x, w1, w2):  # [n, j, d], [d, f], [f, d] -> [n, j, d]
         return xp.tensordot(dz, w1, (2, 1)), [dw1, dw2]
     return xp.tensordot(h, w2, 1), backward
 
+
 def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the layer answers these
     """x + layer(layernorm(x))."""
     z, norm_backward = layernorm(x)
     y, layer_backward = layer(z)
     last = slice(x.shape[1] - y.shape[1], None)
+
     def backward(dy):
         dz, dweights = layer_backward(dy)
         dx = norm_backward(dz)
         dx[:, last] += dy
         return dx, dweights
     return x[:, last] + y, backward
+
 
 def transformer(params, a):  # [n, k] -> [n, p]
     """The network, of 2 layers or more, on inputs a -> logits, backward(dlogits) -> dparams."""
@@ -900,6 +982,7 @@ def transformer(params, a):  # [n, k] -> [n, p]
         x, backward = residual(x, lambda z: feed_forward(z, *(params[name] for name in think)))
         tape.append((think, backward))
     z, norm_backward = layernorm(x[:, -1])
+
     def backward(dlogits):
         # logits = z project
         grads = {"W_U": z.T @ dlogits}
@@ -911,6 +994,7 @@ def transformer(params, a):  # [n, k] -> [n, p]
         dtable = dx.reshape(k, p, d)
         return grads | {"E": dtable.sum(axis=0), "P": dtable.sum(axis=1)}
     return z @ project, backward
+
 
 def transformer_settings(k=3, p=31, layers=1, **_):
     """The settings of transformers, a dict. Up to the share hold of the steps lr is held; then it
@@ -928,6 +1012,7 @@ def transformer_settings(k=3, p=31, layers=1, **_):
                    "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
                    "betas": [0.9, 0.98], "late_decay": max(0, 1 - 1.5 * math.sqrt(1 - distinct))}
 
+
 def embedding_spectra(params):
     """The token embedding's power by frequency, over all its columns, on the host: shares [p // 2],
     of the frequencies 1 .. p // 2; summary: that of the strongest tenth of them, rounded up."""
@@ -938,8 +1023,10 @@ def embedding_spectra(params):
 
 # ---- Runs: settings, one step, progress, and one .npz file each ----------------------------------
 
+
 FORMAT = "fourier-circuits run, format 4"
 GROUPS = "params", "first", "second"
+
 
 def complete(given):
     """All settings of a run: those given, the others by its model's rule. Raises BadInput for a
@@ -964,11 +1051,13 @@ def complete(given):
                            f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
 
+
 def model_of(config):
     """What tells the models apart: functions for the first weights, the network, its spectra."""
     models = ((init_mlp, mlp, neuron_spectra), (init_attention, attention, head_spectra),
               (init_transformer, transformer, embedding_spectra))
     return models[min(config.get("layers", 0), 2)]  # an MLP has no layers
+
 
 def network_pieces(config, params, a=None):
     """mlp_pieces for every model: the network on inputs a, or (None) on all of D_p in order."""
@@ -977,6 +1066,7 @@ def network_pieces(config, params, a=None):
     a = all_inputs(config["k"], config["p"]) if a is None else a
     _, network, _ = model_of(config)
     return ((a[rows], *network(params, a[rows])) for rows in slices(len(a), 1, most=1024))
+
 
 @dataclass
 class Run:
@@ -997,15 +1087,18 @@ class Run:
             train = train & (orbits(k, p) == np.arange(p**k))
         self.index = np.flatnonzero(train)  # numbers of the inputs to train on, see digits
 
+
 def sample_inputs(index, k, p, rng, most=2**17):
     """The inputs [n, k] of these numbers (see digits); of more than `most`, `most` random draws."""
     if len(index) > most:
         index = index[rng.integers(0, len(index), most)]
     return digits(xp.asarray(index), k, p)
 
+
 def stream(config, *use):
     """Random numbers apart for each use: 0 split, 1 weights, (2, step) a batch, 3 progress."""
     return np.random.default_rng([config["seed"], *use])
+
 
 def new_run(config):
     """A run at step 0."""
@@ -1014,6 +1107,7 @@ def new_run(config):
     params = model_of(config)[0](stream(config, 1), **config)
     moments = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
     return Run(config, params, *moments, train)
+
 
 def train_step(run):
     """One step on a random batch: its gradient, penalty and decay where sizes are free, AdamW."""
@@ -1042,6 +1136,7 @@ def train_step(run):
     if rms is not None:
         standardize(params, rms)
 
+
 def progress(run):
     """A line of history: cross-entropies and accuracies on up to 4096 fixed inputs of each part;
     in a max-margin run also the normalized margin over gamma*, on all of D_p."""
@@ -1057,11 +1152,13 @@ def progress(run):
         line["margin_ratio"] = normalized_margin(params) / max_margin(k, p)
     return line
 
+
 def fingerprint(arrays):
     """A hash of arrays by name. A run file holds its own, so that damage shows."""
     parts = [(name, str(x.dtype), x.shape, hashlib.sha256(x.tobytes()).hexdigest())
              for name, x in sorted(arrays.items())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
 
 def save_run(path, run):
     """Write a run to an .npz file, whole or not at all, by path.part. Raises BadInput if not."""
@@ -1081,6 +1178,7 @@ def save_run(path, run):
         if os.path.exists(part):
             os.unlink(part)
         raise BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
+
 
 def load_run(path):
     """The run in a file. Raises BadInput for a file that is not a whole run of this version."""

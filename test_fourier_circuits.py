@@ -25,6 +25,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ODD = [(2, 5), (2, 9), (2, 23), (3, 3), (3, 7), (4, 3), (4, 5), (5, 3), (5, 5)]  # p <= k too
 EVEN = [(2, 2), (2, 6), (2, 10), (3, 2), (3, 8), (4, 4), (5, 2), (5, 4)]
 
+
 @pytest.fixture(autouse=True)
 def leave_all_as_it_was():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -33,6 +34,7 @@ def leave_all_as_it_was():
     for number, usual in handlers.items():
         signal.signal(number, usual)
 
+
 def check_same(got, expected):
     """Dicts of numbers, to rounding, and of other things."""
     assert set(got) == set(expected)
@@ -40,17 +42,22 @@ def check_same(got, expected):
         number = isinstance(x, (int, float))
         assert got[name] == (pytest.approx(x, rel=1e-12) if number else x)
 
+
 def rng(seed=0):
     return np.random.default_rng(seed)
+
 
 def normal(*shape, seed=0):
     return rng(seed).standard_normal(shape)
 
+
 def gaussian(k, p, m, seed=0, init_std=1):
     return fc.init_mlp(rng(seed), k, p, m, init_std, "float64")
 
+
 def zero(params):
     return {name: 0 * x for name, x in params.items()}
+
 
 def plain_mlp(params, a, activation="power"):
     """Eq. 2 as it is printed."""
@@ -58,20 +65,24 @@ def plain_mlp(params, a, activation="power"):
     z = sum(u[j][a[:, j]] for j in range(len(u)))
     return (z ** len(u) if activation == "power" else np.maximum(z, 0)) @ w
 
+
 def softmax(x, axis):
     exp = np.exp(x - x.max(axis=axis, keepdims=True))
     return exp / exp.sum(axis=axis, keepdims=True)
+
 
 def close(x, y, rel=1e-11, abs=1e-12):
     """Whether two dicts of arrays are the same to rounding, key by key."""
     return set(x) == set(y) and all(x[name] == pytest.approx(y[name], rel=rel, abs=abs)
                                     for name in x)
 
+
 def arrays(x):
     """All arrays in a nest of lists, tuples and dicts, in order."""
     if isinstance(x, np.ndarray):
         return [x]
     return [z for y in (x.values() if isinstance(x, dict) else x) for z in arrays(y)]
+
 
 def check_gradient(layer, *inputs, h=1e-4, rel=1e-8):
     """layer(*inputs) -> y, backward. Its gradient by each input, along a random direction v,
@@ -82,6 +93,7 @@ def check_gradient(layer, *inputs, h=1e-4, rel=1e-8):
     assert [g.shape for g in gradients] == [x.shape for x in inputs]
     for i, g in enumerate(gradients):
         v = normal(*g.shape, seed=20 + i)
+
         def moved(size):
             y = layer(*[x + size * v if i == j else x for j, x in enumerate(inputs)])
             return sum((d * out).sum() for d, out in zip(dy, y))
@@ -91,10 +103,12 @@ def check_gradient(layer, *inputs, h=1e-4, rel=1e-8):
 
 # ---- Theorems and lemmas -------------------------------------------------------------------------
 
+
 def test_gamma_star_of_the_paper():
     for p in (3, 23, 97):
         assert fc.max_margin(2, p) == pytest.approx(math.sqrt(2 / 27) / (math.sqrt(p) * (p - 1)))
         assert fc.max_margin(3, p) == pytest.approx(3 / 16 / (p * (p - 1)))
+
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5, 6])
 def test_lemma_e1(k):
@@ -103,6 +117,7 @@ def test_lemma_e1(k):
     assert {tuple(x) for x in [*s, *-s]} == set(itertools.product((1, -1), repeat=k))
     whole = 2 * (s.prod(axis=1) * (s @ d) ** k).sum()
     assert whole == pytest.approx(2**k * math.factorial(k) * d.prod(), rel=1e-11)
+
 
 @pytest.mark.parametrize("build, k, p", [*((fc.paper_network, *size) for size in ODD),
                                          *((fc.rotated_network, *size) for size in ODD + EVEN)])
@@ -122,6 +137,7 @@ def test_network_is_max_margin(build, k, p):
         whole = fc.evaluate(fc.mlp_pieces({name: scale * x for name, x in params.items()}))
         assert whole["margin"] == pytest.approx(10, rel=1e-11) == whole["largest_margin"]
 
+
 def test_theory_check_sees_a_wrong_network():
     """The phase of one vector off: nothing passes as a formality, but for the norm and largest."""
     params = fc.rotated_network(3, 7)
@@ -129,6 +145,7 @@ def test_theory_check_sees_a_wrong_network():
     errors = {what: error for what, *_, error in fc.theory_check(params)}
     assert errors.pop("norm ||theta||_{2,k+1}") < 1e-12
     assert errors.pop("S_j from the weights, largest") < 1e-12 and min(errors.values()) > 1e-3
+
 
 @pytest.mark.parametrize("k, p", [(2, 7), (2, 6), (3, 5), (3, 8), (4, 4), (4, 5), (5, 3)])
 @pytest.mark.parametrize("seed", range(3))
@@ -152,6 +169,7 @@ def test_formulas_from_the_weights(k, p, seed):
         assert abs(fc.efficiency(params)).max() <= 1
         assert class_margin <= fc.max_margin(k, p) * fc.norm(params) ** (k + 1)
 
+
 @pytest.mark.parametrize("k, p", [(2, 7), (3, 11), (4, 9), (5, 5), (2, 8), (3, 10)])
 def test_efficiency_of_a_cosine_neuron(k, p):
     """(k+1)^((k+1)/2) prod A / (sum A^2)^((k+1)/2) cos(sum theta_j - theta_w) for odd p, and
@@ -166,6 +184,7 @@ def test_efficiency_of_a_cosine_neuron(k, p):
     assert got == pytest.approx([best * expected], rel=1e-11)
     last = fc.efficiency(fc.rotated_network(k, p))[-1]
     assert last == pytest.approx(1 if p % 2 else best / r, rel=1e-12)
+
 
 @pytest.mark.parametrize("k, p", [(2, 7), (2, 6), (3, 5), (3, 2), (4, 3), (4, 4), (5, 3), (5, 2)])
 def test_product_term_is_the_linear_part_of_the_loss(k, p):
@@ -186,6 +205,7 @@ def test_product_term_is_the_linear_part_of_the_loss(k, p):
         quiet = fc.loss_and_gradients(fc.mlp_pieces(params), p**k, params, c)
         assert quiet[0] == plain[0] and plain[2] == 0
         assert close(quiet[1], plain[1], rel=0, abs=1e-12 * largest)
+
 
 @pytest.mark.parametrize("k, ratio", [(2, 3), (3, 11.25), (4, 46.67), (5, 205.08)])
 def test_product_term_is_quiet(k, ratio):
@@ -208,8 +228,10 @@ def test_product_term_is_quiet(k, ratio):
 
 # ---- Layers, each as one writes it, and their gradients ------------------------------------------
 
+
 def plain_norm(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
 
 def plain_self_attention(z, w_q, w_k, w_v, w_o):  # [n, k, d] -> [n, k, d]
     """All positions of all inputs, keys after the query masked."""
@@ -218,12 +240,15 @@ def plain_self_attention(z, w_q, w_k, w_v, w_o):  # [n, k, d] -> [n, k, d]
     score[:, :, np.triu(np.ones(score.shape[2:], bool), 1)] = -np.inf
     return np.einsum("nhje,hed->njd", softmax(score, 3) @ v, w_o)
 
+
 def plain_block(x, *weights):
     return x + plain_self_attention(plain_norm(x), *weights)
+
 
 def plain_tables(x, w_q, w_k, w_v, w_p):  # -> S [H, q, a], OV [H, a, c]
     q, key, v = (np.einsum("td,dhe->hte", x, w) for w in (w_q, w_k, w_v))
     return q @ key.swapaxes(1, 2) / math.sqrt(q.shape[-1]), v @ w_p
+
 
 def plain_attend(s, ov, b, a):  # [H, q, a], [H, a, c], [H], [n, k] -> [n, c]
     """One layer of attention: the last number asks all of them."""
@@ -231,24 +256,30 @@ def plain_attend(s, ov, b, a):  # [H, q, a], [H, a, c], [H], [n, k] -> [n, c]
     score[:, :, -1] += b[:, None]
     return np.einsum("hnj,hnjc->nc", softmax(score, 2), ov[:, a])
 
+
 def around_attention(last):
     return lambda x, *w: fc.residual(x, lambda z: fc.self_attention(z, *w, last))
+
 
 def number(value, gradients):
     """A number with its gradients, as a layer."""
     return value, lambda dy: [dy * d for d in gradients.values()]
 
+
 def plain_penalty(u, w, nu, exponent):
     norms = [math.sqrt((u[:, :, i] ** 2).sum() + (w[i] ** 2).sum()) for i in range(len(w))]
     return 0.3 * sum(x**nu for x in norms) ** (exponent / nu)
+
 
 def plain_product_term(u, w):
     product, w = np.prod([u[j][A[:, j]] for j in range(3)], axis=0), w - w.mean(1, keepdims=True)
     return -6 * (product * w.T[A.sum(axis=1) % 4]).sum(axis=1).mean()
 
+
 def loss(logits):
     value, backward = fc.cross_entropy(logits, Y)
     return number(value, {"logits": backward()})
+
 
 Y = np.arange(9) % 4
 Z, X = normal(9, 4), normal(6, 4, 5, seed=4)
@@ -285,6 +316,7 @@ LAYERS = {  # the layer; what it is; its inputs
     "feed forward": (fc.feed_forward, lambda x, w1, w2: np.maximum(x @ w1, 0) @ w2,
                      X, normal(5, 6, seed=1), normal(6, 5, seed=2))}
 
+
 @pytest.mark.parametrize("limit", [2**18, 70])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_and_its_gradient(name, limit, monkeypatch):
@@ -297,8 +329,10 @@ def test_layer_and_its_gradient(name, limit, monkeypatch):
         assert got == pytest.approx(wanted, rel=1e-11, abs=1e-12)
     check_gradient(layer, *inputs)
 
+
 def tables(params):
     return plain_tables(*(params[name] for name in ("E", *fc.HEADS)))
+
 
 def plain_transformer(params, a):  # [n, k] -> [n, k, p]
     x = params["E"][a] + params["P"][:a.shape[1]]  # [n, k, d]
@@ -306,6 +340,7 @@ def plain_transformer(params, a):  # [n, k] -> [n, k, p]
         x = plain_block(x, *(params[f"{name} {l}"] for name in ("W_Q", "W_K", "W_V", "W_O")))
         x = x + np.maximum(plain_norm(x) @ params[f"W_1 {l}"], 0) @ params[f"W_2 {l}"]
     return plain_norm(x) @ params["W_U"]
+
 
 def small_network(name, k, p):
     """-> weights; the network of weights and inputs; what it is; 40 inputs, some of them equal."""
@@ -319,12 +354,14 @@ def small_network(name, k, p):
     return (gaussian(k, p, 6), lambda params, a: fc.mlp(params, a, name),
             lambda params, a: plain_mlp(params, a, name), a)
 
+
 @pytest.mark.parametrize("k, p", [(2, 5), (3, 4), (4, 3), (5, 2)])
 @pytest.mark.parametrize("name", ["power", "relu", "attention", "2 layers", "3 layers"])
 def test_network_and_its_gradient(name, k, p):
     params, network, plain, a = small_network(name, k, p)
     assert network(params, a)[0] == pytest.approx(plain(params, a), rel=1e-9, abs=1e-10)
     deep = {"h": 1e-5, "rel": 1e-6} if "layers" in name else {}
+
     def layer(*values):
         logits, backward = network(dict(zip(params, values)), a)
         return logits, lambda dlogits: [backward(dlogits)[name] for name in params]
@@ -334,6 +371,7 @@ def test_network_and_its_gradient(name, k, p):
             logits, _ = network(params | {"P": params["P"][:j]}, a[:, :j])
             expected = plain_transformer(params, a)[:, j - 1]
             assert logits == pytest.approx(expected, rel=1e-9, abs=1e-10)
+
 
 def test_large_numbers_stay_finite():
     loss, backward = fc.cross_entropy(np.array([[1e4, 0.0], [0.0, 1e4]]), np.array([0, 0]))
@@ -345,6 +383,7 @@ def test_large_numbers_stay_finite():
     for y, gradient in (fc.attend(s, normal(3, 4, 5), np.zeros(3), A, A[:, -1]),
                         fc.self_attention(1e3 * X, *HEAD, False)):
         assert all(np.isfinite(x).all() for x in arrays([y, gradient(np.ones_like(y))]))
+
 
 @pytest.mark.parametrize("init, expected", [
     (fc.init_mlp, {"u": 0.5, "w": 0.5}),
@@ -364,6 +403,7 @@ def test_first_weights(init, expected):
 
 # ---- Data and margins ----------------------------------------------------------------------------
 
+
 def test_all_inputs_and_their_split():
     assert fc.all_inputs(2, 3).tolist() == [[i, j] for i in range(3) for j in range(3)]
     a = fc.all_inputs(4, 5)
@@ -377,6 +417,7 @@ def test_all_inputs_and_their_split():
         assert (mask == fc.split(3, 7, fraction, rng(1))).all()
         assert fraction == 1 or (mask != fc.split(3, 7, fraction, rng(2))).any()
 
+
 def test_the_largest_array_has_its_limit(monkeypatch):
     monkeypatch.setattr(fc, "MAX_BYTES", 8 * 2 * 25)
     fc.check_size(2, 5)
@@ -386,6 +427,7 @@ def test_the_largest_array_has_its_limit(monkeypatch):
     monkeypatch.setattr(fc, "MAX_BYTES", 4 * 16 * 5**4 - 1)
     with pytest.raises(fc.BadInput, match="DFT"):
         fc.network_dft(gaussian(3, 5, 2))
+
 
 @pytest.mark.parametrize("activation, nu", [("power", 4), ("relu", 2)])
 def test_margins_norm_and_what_is_right(activation, nu, monkeypatch):
@@ -415,6 +457,7 @@ def test_margins_norm_and_what_is_right(activation, nu, monkeypatch):
 
 # ---- Learning ------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("limit", [2**25, 200])
 @pytest.mark.parametrize("c", [0, 0.3, 1])
 def test_control_variate_as_displayed(c, limit, monkeypatch):
@@ -435,6 +478,7 @@ def test_control_variate_as_displayed(c, limit, monkeypatch):
     fitted = np.linalg.lstsq((onehot - 1 / p).reshape(-1, 1), (onehot - soft).ravel())[0][0]
     assert best == pytest.approx(fitted, rel=1e-12)
 
+
 def test_adamw_by_hand(monkeypatch):
     """Algorithm 2 of Loshchilov and Hutter, lr 0.1, decay 0.5, betas (0.9, 0.98), eps 0.01.
     Step 1, gradient 2:  m = 0.2, v = 0.08; mhat = 0.2/0.1 = 2, vhat = 0.08/0.02 = 4;
@@ -453,16 +497,19 @@ def test_adamw_by_hand(monkeypatch):
     fc.adamw(x, {"u": np.full((1, 1), 1e-12)}, m, v, 1, 0.1, 0, (0.9, 0.98))
     assert x["u"][0, 0] == pytest.approx(-0.1)  # the default eps is far below such a gradient
 
+
 @pytest.mark.parametrize("k, p", [(2, 23), (3, 11), (4, 7), (5, 5)])
 def test_training_begins_with_logits_of_rms_a_tenth(k, p):
     config = fc.complete({"k": k, "p": p, "m": 4000, "dtype": "float64"})
     logits, _ = fc.mlp(fc.new_run(config).params, rng().integers(0, p, (200, k)))
     assert np.sqrt((logits**2).mean()) == pytest.approx(0.1, rel=0.15)
 
+
 RELU = {"steps": 1500, "equal": 0, "control_variate": "off", "init_std": 0.2, "lr": 0.05,
         "weight_decay": 1.4, "penalty": 0, "penalty_power": 2}
 MAX_MARGIN = {"train_fraction": 1, "batch": 2**30, "init_std": 0.03, "equal": 0, "lr": 0.06,
               "control_variate": "off", "betas": [0.95, 0.98], "weight_decay": 0, "penalty": 0.1}
+
 
 @pytest.mark.parametrize("k, p, steps", [(2, 7, 351), (3, 23, 383), (4, 5, 360), (5, 8, 441)])
 @pytest.mark.parametrize("given, change", [
@@ -488,6 +535,7 @@ def test_settings_of_the_mlp(k, p, steps, given, change):
     narrow = fc.complete({"k": k, "p": p, "m": 9, **given})
     assert narrow["lr"] / config["lr"] == pytest.approx(fc.natural_scale(k, p, 9) / scale)
 
+
 @pytest.mark.parametrize("k, p", [(2, 7), (3, 31), (4, 11), (5, 5), (6, 3)])
 def test_settings_of_transformers(k, p):
     """One layer: the smaller k, the smaller the start; late decay by the share of collisions."""
@@ -502,6 +550,7 @@ def test_settings_of_transformers(k, p):
         **common, "layers": 2, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
         "batch": 512, "init_std": 0.5, "lr": 1e-3, "weight_decay": 3, "betas": [0.98, 0.98],
         "clip": 0.3}
+
 
 def test_timetable():
     """Sizes are given for the share equal of the steps, growing from init_std to natural_scale, at
@@ -524,6 +573,7 @@ def test_timetable():
 
 # ---- Fourier analysis ----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("p", [2, 3, 8, 9, 23])
 def test_power_spectrum_folds(p):
     x = normal(p, 4)
@@ -536,6 +586,7 @@ def test_power_spectrum_folds(p):
     power, known = fc.max_normalized_power(normal(40000, p)), fc.expected_max_power(p)
     assert (known is None) == (p % 2 == 0)
     assert p % 2 == 0 or known == pytest.approx(power.mean(), abs=5 * power.std() / 200)
+
 
 @pytest.mark.parametrize("k, p", [(2, 7), (3, 9), (4, 8)])
 def test_neuron_spectra(k, p):
@@ -554,6 +605,7 @@ def test_neuron_spectra(k, p):
     error = (phase[:k].sum(axis=0) - phase[k] + np.pi) % (2 * np.pi) - np.pi
     assert s["phase_error"] == pytest.approx(abs(error), abs=1e-12)
 
+
 @pytest.mark.parametrize("p", [7, 8])
 def test_ablate(p):
     """Restricted and excluded add up; a max-margin network is all restricted, nothing excluded."""
@@ -564,6 +616,7 @@ def test_ablate(p):
     assert fc.power_spectrum(fc.neurons(rest), axis=1)[:, zeta, np.arange(5)].max() < 1e-25
     best = fc.rotated_network(2, p)
     assert close(fc.ablate(best)[0], best, abs=1e-15)
+
 
 def test_lottery_and_aligned_cosines_of_the_lab_book():
     """The strongest product u^_1 .. u^_k w^ of a neuron is at the frequency that was planted; and
@@ -580,6 +633,7 @@ def test_lottery_and_aligned_cosines_of_the_lab_book():
     ratios = [fc.normalized_margin(params) / fc.max_margin(3, 11) for params in (wrong, right)]
     assert ratios[0] < 0.9 and ratios[1] == pytest.approx(1, rel=1e-12)
 
+
 @pytest.mark.parametrize("p, top", [(5, 5 / 6), (8, 5 / 6), (23, 1)])
 def test_embedding_spectra(p, top):
     """A mean and three cosines of power 4, 1, 1, in columns; the strongest tenth, rounded up."""
@@ -590,6 +644,7 @@ def test_embedding_spectra(p, top):
     assert s["summary"]["embedding_share"] == pytest.approx(top)
 
 # ---- Attention: its symmetry and its spectra -----------------------------------------------------
+
 
 @pytest.mark.parametrize("k, p", [(2, 7), (3, 7), (4, 5), (5, 4)])
 def test_attention_is_symmetric_and_its_split_leaks_nothing(k, p):
@@ -608,6 +663,7 @@ def test_attention_is_symmetric_and_its_split_leaks_nothing(k, p):
     assert len(set(orbit[run.train])) == len(run.index) == round(0.5 * count)
     equal = [len(set(x[:-1])) < k - 1 for x in itertools.product(range(p), repeat=k)]
     assert fc.collisions(k, p).tolist() == equal
+
 
 def test_head_spectra_find_planted_cosines():
     """cos(3q) cos(2a) is two pairs, 2 cos(q - 4a) is one; the third head is dead."""
@@ -629,6 +685,7 @@ def test_head_spectra_find_planted_cosines():
     for size, rank in ((0.021, 2), (0.019, 1)):  # of the second singular value, beside 2
         params["W_Q"][1, 1, 1] = size
         assert fc.head_spectra(params)["rank"][1] == rank
+
 
 @pytest.mark.parametrize("p", [7, 8])
 def test_spectra_size_life_and_ablation_of_heads(p):
@@ -659,13 +716,16 @@ def test_spectra_size_life_and_ablation_of_heads(p):
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
+
 ATTENTION = {"model": "transformer", "k": 3, "p": 7, "heads": 6, "d_model": 12}
 DEEP = {"model": "transformer", "layers": 2, "k": 3, "p": 7, "d_model": 12, "d_ff": 20}
 RUNS = [{}, {"activation": "relu"}, {"control_variate": "off"}, {"max_margin": True}, {"p": 8},
         {"train_fraction": 1.0, "batch": 1000, "penalty_power": 1}, ATTENTION, DEEP]
 
+
 def small_run(**settings):
     return fc.new_run(fc.complete({"k": 2, "p": 11, "steps": 40, "batch": 32, **settings}))
+
 
 def advance(run, steps=None):
     for _ in range(run.config["steps"] if steps is None else steps):
@@ -674,12 +734,14 @@ def advance(run, steps=None):
             run.history.append(fc.progress(run))
     return run
 
+
 def assert_same(a, b):
     assert a.config == b.config and a.step == b.step and a.history == b.history and a.c == b.c
     assert (a.train == b.train).all()
     for group in ("params", "first", "second"):
         x, y = getattr(a, group), getattr(b, group)
         assert close(x, y, rel=0, abs=0) and all(x[name].dtype == y[name].dtype for name in x)
+
 
 @pytest.mark.parametrize("steps", [5, 20, 24, 35])
 @pytest.mark.parametrize("settings", RUNS)
@@ -722,12 +784,14 @@ def test_a_step_is_what_is_written(settings, steps):
     assert run.step == steps + 1 and close(run.params, params, rel=1e-9)
     assert close(run.first, old.first, abs=1e-20) and close(run.second, old.second, abs=1e-30)
 
+
 @pytest.mark.parametrize("settings", [*RUNS, {"dtype": "float64"}])
 def test_a_resumed_run_is_the_same_run(tmp_path, settings):
     whole = advance(small_run(**settings))
     for stop in (0, 15, 33):
         fc.save_run(tmp_path / "run.npz", advance(small_run(**settings), stop))
         assert_same(advance(fc.load_run(tmp_path / "run.npz"), 40 - stop), whole)
+
 
 def test_seeds_and_batches(monkeypatch):
     """Another seed is another split, other weights, other batches; each training input comes."""
@@ -744,6 +808,7 @@ def test_seeds_and_batches(monkeypatch):
     assert run.c == 1  # at most
     a = fc.sample_inputs(np.arange(50, 60), 2, 11, rng(), 5)
     assert len(a) == 5 and set(a @ [11, 1]) <= set(range(50, 60))
+
 
 @pytest.mark.parametrize("settings", [{}, {"activation": "relu"}, {"max_margin": True},
                                       ATTENTION | {"p": 11}, DEEP])
@@ -768,10 +833,12 @@ def test_report_and_history(settings):
         nu = fc.degree(2, config["activation"])
         assert r["margin"] == pytest.approx(margin.min() / fc.norm(run.params, nu) ** nu)
 
+
 def test_progress_looks_at_the_same_inputs_at_each_step():
     first, later = (small_run(k=3, p=23, m=4) for _ in range(2))
     later.step = 10
     assert fc.progress(first) | {"step": 10} == fc.progress(later)
+
 
 def test_grokking_numbers():
     """Train at 20, test at 40; gaps 0, 0.9, 0.5, 0 for 10, 10, 15, 5 steps: area 16.5."""
@@ -782,7 +849,9 @@ def test_grokking_numbers():
     assert analyze.grokking(history[:3])["steps_to_test"] is None
     assert analyze.grokking([])["largest_gap"] is None
 
+
 ONE = (1, 1)
+
 
 @pytest.mark.parametrize("settings, ranges", [
     ({"p": 11}, {"train_accuracy": ONE, "test_accuracy": ONE, "restricted_accuracy": ONE,
@@ -807,6 +876,7 @@ def test_training_finds_the_circuit(settings, ranges):
 
 # ---- Scripts, as a user runs them ----------------------------------------------------------------
 
+
 def refused(capsys, monkeypatch, module, *argv):
     """Run a script's main here; it must exit with 2 and one line on stderr. -> that line"""
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
@@ -817,7 +887,9 @@ def refused(capsys, monkeypatch, module, *argv):
     assert captured.err.count("\n") == 1 and captured.err.endswith("\n") and not captured.out
     return captured.err
 
+
 TINY = "--k 2 --p 7 --steps 60 --batch 16"
+
 
 @pytest.mark.parametrize("flags, name, words", [
     (f"{TINY}", "mlp-k2-p7-seed0",
@@ -842,6 +914,7 @@ def test_train_then_analyze(flags, name, words, tmp_path, monkeypatch, capsys):
     r = json.loads(capsys.readouterr().out)
     assert r == analyze.report(fc.load_run(f"{name}.npz")) and r["steps"] == 60
 
+
 def test_theory_and_benchmark_print_their_numbers(capsys):
     argv = [sys.executable, os.path.join(HERE, "analyze.py"), "--theory", "--k", "3", "--p", "5"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
@@ -854,6 +927,7 @@ def test_theory_and_benchmark_print_their_numbers(capsys):
     assert ratio == pytest.approx(step / products, abs=0.01 + 0.02 * ratio / products)
     assert memory > 1 and "product term" in lines[1]
 
+
 def test_published_sizes():
     sizes = {figure: (flags["k"], flags.get("p")) for figure, flags in train.FIGURES.items()}
     assert sizes == {1: (4, 47), 2: (4, 47), 5: (3, 97), 6: (3, 97), 7: (5, 23), 8: (5, 23),
@@ -864,10 +938,12 @@ def test_published_sizes():
     config = fc.complete({**train.FIGURES[4], "p": 97})
     assert {name: config[name] for name in fourth} == fourth
 
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(number, tmp_path, monkeypatch, capsys):
     """In another file if that is asked for. Stopped in its last step it is whole."""
     step, stops, usual = fc.train_step, [25, 60], signal.getsignal(number)
+
     def stopped(run):
         step(run)
         if run.step in stops:
@@ -888,12 +964,14 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(number, tmp_path, mon
     with pytest.raises(fc.BadInput, match="exists"):
         train.main(["--resume", "a b.npz", "--out", "c.npz"])
 
+
 def test_tables_of_several_runs(tmp_path, monkeypatch, capsys):
     """One line a run; runs of several layers together by all but the seed."""
     monkeypatch.chdir(tmp_path)
     for name, settings in (("mlp", {}), ("heads", ATTENTION), ("3", DEEP), ("2", DEEP | {"k": 2}),
                            ("2b", DEEP | {"k": 2, "seed": 1})):
         fc.save_run(name, advance(small_run(**settings)))
+
     def lines(*argv):
         assert analyze.main(list(argv)) == 0
         return capsys.readouterr().out.splitlines()
@@ -905,6 +983,7 @@ def test_tables_of_several_runs(tmp_path, monkeypatch, capsys):
     with pytest.raises(fc.BadInput, match="same run"):
         analyze.main(["3", "2b", "2b"])
     assert analyze.spread([10, 20, None], ".0f") == "15 (10..20, 2 of 3)"
+
 
 def test_figures(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -918,6 +997,7 @@ def test_figures(tmp_path, monkeypatch):
                                                "widths.png"]
 
 # ---- Bad input: one line, exit code 2, and nothing written ---------------------------------------
+
 
 BAD_TRAIN = """\
 --p 1|--k 1|--m 0|--k two|--p 2.5|--p|--train-fraction 0|--train-fraction 1.5|--steps 0
@@ -937,6 +1017,7 @@ BAD_TRAIN = """\
 BAD_ANALYZE = """|missing.npz|.|--theory run.npz|--theory --p 1|--theory --k 9 --p 97
 --theory --p x|--theory --json|run.npz --k 3"""
 
+
 @pytest.mark.parametrize("module, argv", [
     *((train, argv) for argv in BAD_TRAIN.replace("\n", "|").split("|")),
     *((analyze, argv) for argv in BAD_ANALYZE.replace("\n", "|").split("|"))])
@@ -944,6 +1025,7 @@ def test_bad_flags(module, argv, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(capsys, monkeypatch, module, *argv.split())
     assert not os.listdir(tmp_path)
+
 
 def test_without_a_gpu_or_matplotlib(capsys, monkeypatch, tmp_path):
     for cupy in (types.SimpleNamespace(is_available=lambda: False), None):  # None: not installed
@@ -953,6 +1035,7 @@ def test_without_a_gpu_or_matplotlib(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(capsys, monkeypatch, analyze, "run.npz",
                                                "--figures", tmp_path)
+
 
 def test_changed_files(tmp_path, capsys, monkeypatch):
     """Any array changed, left out or added, a run of another version, an archive of something else:
@@ -981,6 +1064,7 @@ def test_changed_files(tmp_path, capsys, monkeypatch):
         refused(capsys, monkeypatch, *argv)
         assert path.read_bytes() == before
 
+
 def test_broken_files(tmp_path):
     """Cut, shifted; and 60 files with a few bytes changed: read whole or refused, in one line."""
     path, random = tmp_path / "bad.npz", rng()
@@ -1000,6 +1084,7 @@ def test_broken_files(tmp_path):
             refusals.append(str(error))
     assert len(refusals) > 46 and "\n" not in "".join(refusals)
 
+
 def test_what_is_there_is_not_overwritten(tmp_path, capsys, monkeypatch):
     path = tmp_path / "run.npz"
     fc.save_run(path, advance(small_run(), 10))
@@ -1009,6 +1094,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys, monkeypatch):
     assert "other settings" in refused(capsys, monkeypatch, train, *same, "--seed", 1)
     for argv in (("--p", 13), ("--steps", 50), ("--lr", 0.1), ("--max-margin",), ("--seed", 1)):
         assert "disagrees" in refused(capsys, monkeypatch, train, "--resume", path, *argv)
+
     def full(file, **arrays):
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
@@ -1022,6 +1108,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys, monkeypatch):
 # that CuPy has. What runs on it keeps to CuPy's subset of numpy; whether it runs on a GPU only a
 # GPU can tell (the last test).
 
+
 CUPY = {name: words.split() for name, words in {
     "abs": "", "arange": "", "argsort": "axis", "ascontiguousarray": "", "exp": "",
     "bincount": "minlength", "concatenate": "", "conj": "", "einsum": "",
@@ -1034,6 +1121,7 @@ METHODS = {name: words.split() for name, words in {
     "max": "axis keepdims", "mean": "axis keepdims", "min": "axis", "prod": "axis", "reshape": "",
     "repeat": "axis", "sum": "axis dtype keepdims", "transpose": ""}.items()}
 VIEWS, ATTRIBUTES = ["T", "real", "imag"], ["shape", "ndim", "dtype", "itemsize", "nbytes", "size"]
+
 
 class Array:
     """An array on a pretended GPU."""
@@ -1056,6 +1144,7 @@ class Array:
     def __setitem__(self, key, value):
         self.hidden[reveal(key)] = reveal(value)
 
+
 def reveal(x):
     """The numpy array inside; a bare numpy array where one on the GPU belongs is an error."""
     if isinstance(x, np.ndarray):
@@ -1063,6 +1152,7 @@ def reveal(x):
     if isinstance(x, (list, tuple)):
         return type(x)(map(reveal, x))
     return x.hidden if isinstance(x, Array) else x
+
 
 def on_device(f, keywords):
     def call(*args, out=None, **kwargs):
@@ -1075,8 +1165,10 @@ def on_device(f, keywords):
         return out
     return call
 
+
 def operator(name, answer):
     return lambda self, *other: answer(self, getattr(self.hidden, name)(*map(reveal, other)))
+
 
 BINARY = "add sub mul truediv floordiv mod pow matmul and or".split()
 for answer, words in (
@@ -1086,6 +1178,7 @@ for answer, words in (
         (lambda self, x: x, "len float int bool".split())):
     for word in words:
         setattr(Array, f"__{word}__", operator(f"__{word}__", answer))
+
 
 def stand_in():
     module = types.SimpleNamespace(
@@ -1097,6 +1190,7 @@ def stand_in():
         setattr(where, last, on_device(getattr(source, last), keywords))
     return module
 
+
 def test_the_stand_in_is_strict():
     cupy = stand_in()
     x = cupy.asarray(np.ones((3, 3)))
@@ -1107,6 +1201,7 @@ def test_the_stand_in_is_strict():
                   lambda: cupy.matmul(x, x, out=cupy.asarray(np.ones((3, 3), "f4")))):
         with pytest.raises((TypeError, AttributeError, AssertionError)):
             wrong()
+
 
 @pytest.mark.parametrize("settings", [{}, {"k": 3, "p": 6}, {"activation": "relu"},
                                       {"max_margin": True}, ATTENTION, DEEP])
@@ -1128,6 +1223,7 @@ def test_training_and_analysis_on_the_stand_in(settings, tmp_path, monkeypatch, 
     assert shown[0] == shown[2] and close(shown[1].params, shown[3].params, rel=1e-9)
     assert ("Lemma F.2" in shown[2]) == (run.config.get("activation") == "power")
 
+
 def test_real_cupy_has_what_the_stand_in_has():
     cupy = pytest.importorskip("cupy")
     for name, keywords in CUPY.items():
@@ -1136,6 +1232,7 @@ def test_real_cupy_has_what_the_stand_in_has():
             assert set(keywords) <= set(inspect.signature(f).parameters), name
     for name in [*METHODS, *ATTRIBUTES, *VIEWS]:
         assert hasattr(cupy.ndarray, name)
+
 
 @pytest.mark.parametrize("settings", [{}, ATTENTION, DEEP])
 def test_real_cupy_on_a_gpu(settings):

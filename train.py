@@ -56,6 +56,7 @@ NUMBERS = (  # name, type, smallest, largest, meaning
     ("d_model", int, 1, 10**6, "width of a state"),
     ("d_ff", int, 1, 10**6, "width of a block's MLP"))
 
+
 def within(kind, low, high):
     """A type of number for argparse, refused out of its range."""
     def number(text):
@@ -64,6 +65,7 @@ def within(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high}")
         return value
     return number
+
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -92,6 +94,7 @@ def parse(argv):
     add("--benchmark", action="store_true", help="time the step, then stop")
     return vars(parser.parse_args(argv))
 
+
 class Progress:
     """One line that is written over on a terminal; plain lines, rarely, elsewhere."""
 
@@ -117,12 +120,14 @@ class Progress:
             text = "\r" + text[:shutil.get_terminal_size().columns - 1]
         print(text, end="\n" if last or not self.live else "", flush=True)
 
+
 def check_writable(path):
     """Raise BadInput, before any work, if a run cannot be saved at path. Leaves what is there."""
     try:
         tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
     except OSError as error:
         raise fc.BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
+
 
 def claim(path, config):
     """Refuse an --out that cannot be written or that holds something else than this very run."""
@@ -134,6 +139,7 @@ def claim(path, config):
             raise fc.BadInput(f"{path} holds this run, stopped at step {old.step}; go on with "
                               f"--resume {path}, or choose another --out")
     check_writable(path)
+
 
 def train(run, out, save_every, resume_command):
     """Train to the last step, saving at the end, every save_every steps, and when stopped."""
@@ -165,6 +171,7 @@ def train(run, out, save_every, resume_command):
             sys.exit(128 + stopped[0])
     for number, usual in handlers.items():
         signal.signal(number, usual)
+
 
 def benchmark(config):
     """Print the time of a step and, in turn with it, that of the MLP's five matrix products."""
@@ -207,12 +214,14 @@ def benchmark(config):
         pool = fc.xp.get_default_memory_pool()
         print(f"  GPU memory         {pool.total_bytes() / 2**20:9.0f} MiB")
 
+
 def products(config, n):
     """A function that does the five matrix products of the MLP's step on n inputs, nothing else."""
     k, p, m, dtype = (config[name] for name in ("k", "p", "m", "dtype"))
     x, u, h, w, logits = (fc.xp.ones(shape, dtype) for shape in (
         (n, k * p), (k * p, m), (n, m), (m, p), (n, p)))
     return lambda: (x @ u, h @ w, h.T @ logits, logits @ w.T, x.T @ h)
+
 
 def main(argv):
     flags = parse(argv)
@@ -255,6 +264,7 @@ def main(argv):
     print_report(report(run))
     print(f"  saved to {out}; look inside with\n  python analyze.py {shlex.quote(out)}")
     return 0
+
 
 if __name__ == "__main__":
     run_main(main)
