@@ -4,13 +4,16 @@
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         only draw its figure (needs matplotlib)
     python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
-                                                    2 layers: one line a configuration; Figure 4
+                                                    transformers: one line a configuration; Figure 4
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
+import shutil
 import string
 import sys
 
@@ -27,23 +30,50 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main):
-    """Run a script's main: what the user can mend is one line on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")  # the plots need more than a bare ASCII terminal has
+    """Run a script's main, and end as a program should: what the user can mend is one line on
+    stderr and exit code 2; 130 after Ctrl-C; 1, without a word, where nobody reads the output."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # our plots need more than a bare ASCII terminal has
+            stream.reconfigure(errors="replace")
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # the scripts look for them themselves
-            sys.exit(main(sys.argv[1:]))
+            code = main(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(code)
     except fc.BadInput as error:
-        problem = error
+        problem, code = str(error), 2
     except MemoryError:
-        problem = "out of memory; take a smaller k, p, batch or network"
+        problem, code = "out of memory; take a smaller k, p, batch or network", 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        problem, code = "interrupted", 130
+    except OSError:  # files are written and read under BadInput: it is the output that failed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    problem = "".join(x if x.isprintable() else "?" for x in problem)
     print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
+
+
+def command(script, *words):
+    """The command that runs one of our scripts, to be pasted where it is printed."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    python = sys.executable
+    python = "python" if shutil.which("python") == python else os.path.relpath(python)
+    return " ".join(map(shell_word, (python, os.path.relpath(os.path.join(here, script)), *words)))
+
+
+def shell_word(text):
+    """A word for a shell; in bash's $'..' if the terminal cannot show it."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+        shown = text.isprintable()
+    except UnicodeEncodeError:
+        shown = False
+    if shown:
+        return shlex.quote(text)
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + "'"
+
 
 # ---- The report: what a trained network is and does, as numbers and as text ----------------------
 
@@ -52,17 +82,15 @@ def report(run):
     """All that is printed of a run, as a dict ready for JSON. Measured on all of D_p, but for the
     two ablated networks on at most 2^17 random inputs and for grokking, which reads the history."""
     config = run.config
-    k, p, layers = config["k"], config["p"], config.get("layers")
+    k, p, model = config["k"], config["p"], config["model"]
     whole = fc.evaluate(fc.network_pieces(config, run.params))
-    spectra = fc.model_of(config)[2]
-    measures = spectra(run.params)
-    measures["at_init"] = spectra(fc.new_run(config).params)["shares"]
+    spectra = fc.MODELS[model][3]
+    measures, first = spectra(run.params), spectra(fc.new_run(config).params)
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
-    about = report_neurons if layers is None else report_heads if layers == 1 else report_embedding
     return {**config, "steps": run.step, "seconds": round(run.seconds, 2),
             "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
-            **measures["summary"], **about(run, whole, measures, sample)}
+            **measures["summary"], **ABOUT[model](run, whole, measures, first, sample)}
 
 
 def mean(x, part):
@@ -73,7 +101,7 @@ def histogram(frequencies, p):  # how often each of 1 .. p // 2 is there
     return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
 
 
-def report_neurons(run, whole, measures, sample):
+def report_neurons(run, whole, measures, first, sample):
     """report's part on the MLP; margins are normalized."""
     params, activation, live = run.params, run.config["activation"], measures["live"]
     k, p, _ = params["u"].shape
@@ -81,32 +109,32 @@ def report_neurons(run, whole, measures, sample):
     size = fc.norm(params, nu) ** nu or 1
     kept, rest = (fc.evaluate(fc.mlp_pieces(part, sample, activation))["accuracy"]
                   for part in fc.ablate(params))
-    theory = dict.fromkeys(("max_margin", "margin_ratio", "margin_bound_ratio", "efficiency"))
+    theory = dict.fromkeys(("gamma_star", "margin_ratio", "margin_bound_ratio", "efficiency"))
     if activation == "power":
         gamma = fc.max_margin(k, p)
-        theory = {"max_margin": gamma, "margin_ratio": whole["margin"] / size / gamma,
+        theory = {"gamma_star": gamma, "margin_ratio": whole["margin"] / size / gamma,
                   "margin_bound_ratio": fc.margin_bound(params) / size / gamma,
-                  "efficiency": float(fc.to_host(fc.efficiency(params))[live].mean())}
-    return {"live_neurons": int(live.sum()),
-            "max_normalized_power_at_init": float(measures["at_init"].mean()),
+                  "efficiency": mean(fc.to_host(fc.efficiency(params)), live)}
+    names = "max_normalized_power", "single_frequency_fraction", "frequencies_used"
+    return {**{f"{name}_at_init": first["summary"][name] for name in names},
             "max_normalized_power_expected": fc.expected_max_power(p),
-            "phase_error": float(measures["phase_error"][live].mean()),
-            "frequency_histogram": histogram(measures["frequency"][live], p),
+            "phase_error": mean(measures["phase_error"], live),
+            "frequency_histogram": histogram(measures["frequency"][measures["single"]], p),
             "margin": whole["margin"] / size, **theory,
             "restricted_accuracy": kept, "excluded_accuracy": rest}
 
 
-def report_heads(run, whole, measures, sample):
+def report_heads(run, whole, measures, first, sample):
     """report's part on attention: medians over live heads, at init over all; accuracies on held-out
     orbits (fresh), on those where a_1 .. a_{k-1} all differ (distinct) or not (collision)."""
     k, p, live, shares = run.config["k"], run.config["p"], measures["live"], measures["shares"]
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
-    pieces = [sample[rows] for rows in fc.slices(len(sample), 1, 1024)]
+    pieces = fc.pieces(sample, 8 * fc.PIECE)
     kept, rest = (fc.evaluate((a, logits(a)) for a in pieces)["accuracy"]
                   for logits in fc.ablate_heads(run.params))
-    after, before = (np.median(x, axis=0).tolist() for x in (shares[live], measures["at_init"]))
+    after, before = (np.median(x, axis=0).tolist() for x in (shares[live], first["shares"]))
     each = {"live": live, "top": measures["top"], "shares": shares,
-            "shares_at_init": measures["at_init"], "rank": measures["rank"]}
+            "shares_at_init": first["shares"], "rank": measures["rank"]}
     heads = zip(*(x.tolist() for x in each.values()))
     return {"fresh_accuracy": mean(right, test), "distinct_accuracy": mean(right, test & ~equal),
             "collision_accuracy": mean(right, test & equal),
@@ -118,12 +146,15 @@ def report_heads(run, whole, measures, sample):
             "each_head": [dict(zip(each, head)) for head in heads]}
 
 
-def report_embedding(run, whole, measures, sample):
-    """report's part on a transformer of several layers: its grokking, its embedding's spectrum."""
+def report_embedding(run, whole, measures, first, sample):
+    """report's part on a transformer: its grokking, its embedding's spectrum."""
     tenth = -(-len(measures["shares"]) // 10)
     return {**grokking(run.history), "tenth": tenth,
-            "embedding_share_at_init": float(np.sort(measures["at_init"])[-tenth:].sum()),
+            "embedding_share_at_init": first["summary"]["embedding_share"],
             "embedding_spectrum": measures["shares"].tolist()}
+
+
+ABOUT = {"mlp": report_neurons, "attention": report_heads, "transformer": report_embedding}
 
 
 def grokking(history, level=0.99):
@@ -131,8 +162,11 @@ def grokking(history, level=0.99):
     largest train-test gap, and the gap's area in steps (Figure 4)."""
     gap = [max(0, line["train_accuracy"] - line["test_accuracy"]) for line in history
            if line["test_accuracy"] is not None]
-    reached = lambda part: next((line["step"] for line in history
-                                 if (line[f"{part}_accuracy"] or 0) >= level), None)
+
+    def reached(part):
+        return next((line["step"] for line in history
+                     if (line[f"{part}_accuracy"] or 0) >= level), None)
+
     width = np.diff([0] + [line["step"] for line in history])
     return {"steps_to_train": reached("train"), "steps_to_test": reached("test"),
             "largest_gap": max(gap, default=None),
@@ -140,10 +174,11 @@ def grokking(history, level=0.99):
 
 
 NEURONS = """
-{k} numbers modulo {p}, {m} neurons, {activation} activation, seed {seed}
+{k} numbers modulo {p}, {m} neurons, {activation} activation, {trained}, seed {seed}
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
   live neurons         {live_neurons} of {m}
-  single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power)
+  single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
+{single_frequency_fraction_at_init:.2%}
   max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}, \
 expected at random {max_normalized_power_expected:.4f}
   phase error          {phase_error:.4f} mean |theta_1 + .. + theta_k - theta_w|
@@ -152,8 +187,9 @@ expected at random {max_normalized_power_expected:.4f}
   efficiency           {efficiency:.4f} a neuron, its class-weighted margin over gamma*
   restricted accuracy  {restricted_accuracy:.2%} keeping only each neuron's own frequency
   excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
-  frequencies          {frequencies_used} of {frequencies_total} used; live neurons of each:"""
-ATTENTION = """
+  frequencies          {frequencies_used} of {frequencies_total} used, at init \
+{frequencies_used_at_init}; live single-frequency neurons of each:"""
+HEADS = """
 {k} numbers modulo {p}, {heads} heads of {d_head}, d_model {d_model}, seed {seed}
   accuracy             train {train_accuracy:.2%}, held-out orbits {fresh_accuracy:.2%}
   of the held-out      keys distinct {distinct_accuracy:.2%}, collisions {collision_accuracy:.2%}
@@ -165,8 +201,8 @@ ATTENTION = """
   restricted accuracy  {restricted_accuracy:.2%} keeping only each head's top two pairs
   excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
   key frequencies      {frequencies_used} of {frequencies_total} used; live heads of each:"""
-LAYERS = """
-{k} numbers modulo {p}, {layers} layers of {heads} heads of {d_head}, d_model {d_model}, \
+BLOCKS = """
+{k} numbers modulo {p}, {layers} blocks of {heads} heads of {d_head}, d_model {d_model}, \
 d_ff {d_ff}, seed {seed}
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
   99% of train         at step {steps_to_train} (-: not reached)
@@ -177,13 +213,27 @@ frequencies; at init {embedding_share_at_init:.3f}
   its spectrum from 1  {bars}|"""
 
 
+def share(x, form):
+    """A share as text, like format(x, form), but never 0 or 1 for what is nearly that.
+
+    share(25325 / 25326, ".2%") -> '99.99%'"""
+    text = format(x, form)
+    if 0 < x < 1 and text in (format(0, form), format(1, form)):
+        step = 0.1 ** (int(form.split(".")[1][:-1]) + 2 * form.endswith("%"))
+        text = format(step if x < 0.5 else 1 - step, form)
+    return text
+
+
 class Text(string.Formatter):
-    """str.format that shows a number that there is not as -, and a list entry by entry."""
+    """str.format that shows a number that there is not as -, a list entry by entry, and a
+    percentage by share."""
 
     def format_field(self, x, form):
         if isinstance(x, list):
             return ", ".join(format(y, form) for y in x)
-        return "-" if x is None else format(x, form)
+        if x is None:
+            return "-"
+        return share(x, form) if form.endswith("%") else format(x, form)
 
 
 def bars(x, low=None):
@@ -195,20 +245,41 @@ def bars(x, low=None):
 
 def print_report(r):
     """Print what report(run) measured."""
-    text = NEURONS if r["model"] == "mlp" else ATTENTION if r["layers"] == 1 else LAYERS
+    text = {"mlp": NEURONS, "attention": HEADS, "transformer": BLOCKS}[r["model"]]
     blocks = bars(r.get("embedding_spectrum", [0]), low=0)
-    print(Text().format(text, **r, chance=1 / r["p"], bars=blocks))
+    trained = [name for name in ("fast", "max_margin") if r.get(name)] or ["textbook AdamW"]
+    print(Text().format(text, **r, chance=1 / r["p"], bars=blocks,
+                        trained=trained[0].replace("_", "-")))
     counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
     print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
+    if advice(r):
+        print(f"  note: {advice(r)}")
+
+
+def advice(r):
+    """What helps where plain training of an MLP falls short, by what its report sees, or None."""
+    if r["model"] != "mlp" or r["fast"] or r["max_margin"]:
+        return None
+    train, test = r["train_accuracy"], r["test_accuracy"]
+    fast = "" if r["activation"] == "relu" else ", or --fast"
+    if train < 1 / r["p"] + 0.05:
+        return ("nothing was learned: at a large k most of a batch's gradient is noise; a larger "
+                f"--batch helps (k=4 p=47 needs 16384){fast}")
+    if test is not None and train - test > 0.1:
+        return ("training inputs are known far better than the others: there are too few of them; "
+                f"a larger --train-fraction helps, a larger p{fast}")
+    if train < 0.99:
+        return f"training accuracy is not there yet: more --steps or a larger --batch help{fast}"
+    return None
 
 
 def group_runs(runs):
     """Runs that differ only in the seed, together: {(k, p, other settings that tell the groups
     apart, as text): [run, ..]}, sorted. Raises BadInput where one run is given twice."""
-    varied = lambda x: len({str(run.config[x]) for run in runs}) > 1
-    names = [x for x in runs[0].config if varied(x) and x not in ("k", "p", "seed")]
+    names = [x for x in runs[0].config if x not in ("k", "p", "seed")
+             and len({str(run.config[x]) for run in runs}) > 1]
     groups = {}
     for run in sorted(runs, key=lambda run: [run.config[x] for x in ("k", "p", "seed")]):
         c = run.config
@@ -246,9 +317,10 @@ def print_groups(groups):
 
 
 MEASURES = {  # of a run's state, in a line of progress and in a table of runs
-    "max_normalized_power": "power {:5.3f}", "single_frequency_fraction": "single {:5.3f}",
-    "phase_error": "phase {:5.3f}", "top_two_share": "top two {:5.3f}",
-    "live_heads": "live {:3d}", "embedding_share": "embedding {:5.3f}",
+    "live_neurons": "live {:4d}", "max_normalized_power": "power {:5.3f}",
+    "single_frequency_fraction": "single {:5.3f}", "phase_error": "phase {:5.3f}",
+    "top_two_share": "top two {:5.3f}", "live_heads": "live {:3d}",
+    "embedding_share": "embedding {:5.3f}",
     "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:6.4f}"}
 
 
@@ -256,10 +328,11 @@ def print_table(reports):
     """One line a run."""
     print("  k   p     m  seed   steps    train     test  (m: neurons or heads)")
     for r in reports:
-        size, test = r.get("m", r.get("heads")), Text().format("{:.2%}", r["test_accuracy"])
-        start = "{k:3d} {p:3d} {size:5d} {seed:5d} {steps:7d}  {train_accuracy:7.2%} {test:>8s}"
+        size = r.get("m", r.get("heads"))
+        train, test = (Text().format("{:.2%}", r[f"{part}_accuracy"]) for part in ("train", "test"))
+        start = "{k:3d} {p:3d} {size:5d} {seed:5d} {steps:7d}  {train:>7s} {test:>8s}"
         ends = [Text().format(text, r[name]) for name, text in MEASURES.items() if name in r]
-        print(start.format(size=size, test=test, **r), *ends, sep="  ")
+        print(start.format(size=size, train=train, test=test, **r), *ends, sep="  ")
 
 
 def strongest(size, live, frequency, count):
@@ -334,13 +407,32 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
          "legend.frameon": False, "figure.constrained_layout.use": True}
 
 
-def new_figure(width, height):
-    """An empty figure, in inches. Raises BadInput where matplotlib is missing."""
+@contextlib.contextmanager
+def drawing():
+    """The settings under which figures are drawn and saved: ours, not the user's, and only inside.
+
+    Raises BadInput where matplotlib is missing, or cannot be imported."""
+    backend = os.environ.pop("MPLBACKEND", None)  # we need none, and it may not be there
     try:
         import matplotlib.figure
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise fc.BadInput(f"matplotlib cannot be imported: {error}") from None
         raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.rcParams.update(STYLE)
+    except Exception as error:
+        raise fc.BadInput(f"matplotlib cannot be imported: {error}") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def new_figure(width, height):
+    """An empty figure, in inches."""
+    import matplotlib.figure
     return matplotlib.figure.Figure(figsize=(width, height))
 
 
@@ -349,10 +441,10 @@ def save_figure(figure, directory, name):
     path = os.path.join(directory, f"{name}.png")
     try:
         os.makedirs(directory, exist_ok=True)
-        figure.savefig(path + ".part", format="png", dpi=150)
-        os.replace(path + ".part", path)
     except OSError as error:
         raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
+    with fc.whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
     print(path, file=sys.stderr)
 
 
@@ -376,7 +468,7 @@ def draw_shares(axis, before, after, title):
 
 def draw(run, name, directory):
     """One figure of a run: what its weights were and became, and how it learned."""
-    if run.config.get("layers", 1) > 1:
+    if run.config["model"] == "transformer":
         return draw_groups(group_runs([run]), directory, name)
     figure, last = draw_mlp(run) if run.config["model"] == "mlp" else draw_attention(run)
     draw_curve(last, [run], "train_accuracy", "train accuracy", BEFORE)
@@ -412,8 +504,8 @@ def draw_mlp(run):
     axes[0, 0].set_title(f"neuron {one}: each vector over its largest entry")
     axes[0, 1].set_title("its share of power by frequency")
     counts, power, last = right.subplots(3, 1)
-    counts.bar(zeta[1:], histogram(measures["frequency"][live], p), color=AFTER)
-    counts.set_title("live neurons by frequency")
+    counts.bar(zeta[1:], histogram(measures["frequency"][measures["single"]], p), color=AFTER)
+    counts.set_title("live single-frequency neurons by frequency")
     draw_shares(power, fc.neuron_spectra(first.params)["shares"], measures["shares"][:, live],
                 "maximum normalized power of all $u_1 .. u_k, w$")
     return figure, last
@@ -489,7 +581,7 @@ def main(argv):
         help="check the max-margin networks of --k and --p on all p^k inputs")
     add("--k", type=int, help="of --theory, default 3")
     add("--p", type=int, help="of --theory, default 23")
-    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default auto")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="default cpu")
     args = parser.parse_args(argv)
     if args.theory == bool(args.runs) or args.theory and (args.json or args.figures):
         parser.error("give either run files, with --json or --figures, or --theory alone")
@@ -499,16 +591,21 @@ def main(argv):
     if args.theory:
         print_theory(3 if args.k is None else args.k, 23 if args.p is None else args.p)
         return 0
-    if args.figures:
-        new_figure(1, 1)  # say so now if matplotlib is missing
+    with drawing() if args.figures else contextlib.nullcontext():
+        look(args)
+    return 0
+
+
+def look(args):
+    """Print and draw what is asked for of the runs."""
     runs = [fc.load_run(path) for path in args.runs]
     run, several = runs[0], len(runs) > 1
     if args.figures and not several:
         draw(run, os.path.splitext(os.path.basename(args.runs[0]))[0], args.figures)
         if not args.json:
-            return 0
-    layers = all(run.config.get("layers", 1) > 1 for run in runs)
-    groups = group_runs(runs) if several and layers else {}
+            return
+    blocks = all(run.config["model"] == "transformer" for run in runs)
+    groups = group_runs(runs) if several and blocks else {}
     reports = [report(run) for run in runs] if args.json or not groups else []
     if args.json:
         print(json.dumps(reports if several else reports[0], indent=2))
@@ -520,7 +617,7 @@ def main(argv):
         print_report(reports[0])
         if run.config["model"] == "mlp":
             print_neurons(run)
-        elif run.config["layers"] == 1:
+        elif run.config["model"] == "attention":
             print_heads(run)
         if run.config.get("activation") == "power":
             print_lemma(run)
@@ -528,7 +625,6 @@ def main(argv):
         draw_groups(groups, args.figures)
     elif args.figures and several:
         draw_widths(reports, args.figures)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,42 +1,48 @@
 """Fourier circuits in networks that add modulo p: one module, numpy on a CPU or cupy on a GPU.
 
 After "Fourier Circuits in Neural Networks and Transformers: A Case Study of Modular Arithmetic with
-Multiple Inputs" (Li, Liang, Shi, Song, Zhou; arXiv 2402.09469v4, "the paper" below). A network sees
-k numbers a_1 .. a_k modulo p and must name their sum modulo p. The paper proves that the best such
-network (largest normalized margin) consists of neurons that are cosines of a single frequency each,
-and observes that training finds just these; and that attention matrices become 2-D cosines.
+Multiple Inputs" (Li, Liang, Shi, Song, Zhou; arXiv 2402.09469v4, "the paper" below). A network is
+given k numbers a_1 .. a_k modulo p and must name their sum modulo p. The paper proves that the best
+such network, the one of largest normalized margin, consists of neurons that are cosines of a single
+frequency each. It observes that training finds just these neurons, and that the attention matrices
+of transformers become two-dimensional cosines.
 
-    arrays       use_device, to_host, slices
-    data         all_inputs, labels, split                                         Eq. 1
-    network      embed_sum, power, cross_entropy; init_mlp, mlp                    Eq. 2
-    norm         norm, penalty, max_margin; margins, evaluate   Defs B.2, 3.1, 3.6, Theorem 4.1.1
-    Fourier      power_spectrum, neuron_spectra, ablate, network_dft   Section 4, Lemma F.2
-    weights      diagonal_dft, margin_bound, efficiency                            Lemma 4.2
-    theory       paper_network, rotated_network, theory_check         Theorem 4.1, Lemma 4.3
-    learning     product_term, loss_and_gradients, adamw, mlp_settings, timetable  Lemma 3.7
-    attention    circuits, attend, attention; head_spectra, ablate_heads  Figures 3, 9, 10
-    transformer  layernorm, self_attention, feed_forward, transformer              Figure 4
-    runs         complete, new_run, train_step, progress, save_run, load_run
+The sections, each of which uses only what stands above it:
+
+    arrays         use_device, to_host
+    data           all_inputs, labels, split                                           Eq. 1
+    network        power, relu, cross_entropy; init_mlp, mlp, mlp_pieces               Eq. 2
+    learning       adamw, learning_rate, mlp_settings; loss_and_gradients
+    what is found  neuron_spectra, ablate; evaluate               Section 4; Figures 1, 2, 5-8
+    the best       norm, max_margin, margin_bound, efficiency     Theorem 4.1, Lemmas 4.2, F.2
+                   paper_network, rotated_network, theory_check   Lemmas 4.3, E.1, E.3
+    faster         mlp_with_control_variate, fast_settings        beyond the paper; Lemma 3.7
+    attention      circuits, attend, attention; head_spectra      Figures 3, 9, 10
+    transformer    layernorm, self_attention, transformer         Figure 4
+    runs           complete, new_run, train_step, progress, save_run, load_run
 
 Letters
     p, k     modulus, how many numbers; >= 2      a, y     inputs [n, k], labels [n]
-    m, n     neurons, inputs in a batch           u, w     a neuron's u_1..u_k and w, each p numbers
+    m, n     neurons, inputs in a batch           u, w     a neuron's u_1 .. u_k, w, p numbers each
     D_p      all p^k inputs                       z, h     before and after the activation [n, m]
-    c        a class; the control variate's c     zeta     a frequency, 1 .. p // 2
+    c        a class                              zeta     a frequency, 1 .. p // 2
     H, e     heads and their width                gamma*   the largest normalized margin
     d, f     width of a state, of a block's MLP   S, OV    what heads attend to, what they write
-A layer is a function y, backward = layer(x, ..): backward takes dy, the gradient of the loss by y,
-and returns those by the layer's inputs. A gradient is d + the name.
+
+A layer is a function y, backward = layer(x, ..). Its backward takes dy, the gradient of the loss by
+y, and returns the gradients by the layer's inputs. A gradient is called d + the name.
 """
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import itertools
 import json
 import math
+import numbers
 import os
+import secrets
+import stat
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,51 +50,37 @@ import numpy as np
 # ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
 
 xp = np
-CACHE_BYTES = 2**18  # elementwise work on large arrays goes in slices of this size; on a GPU larger
-SLICE_BYTES = 2**25  # of the MLP's hidden layer: larger batches go in slices; D_p: 16 CACHE_BYTES
+PIECE = 128  # inputs that an MLP sees at a time: what it computes of them stays in a CPU's cache
 MAX_BYTES = 2**31  # of the largest array
 TINY = 1e-30  # in a denominator, where all-zero weights have power 0, not 0/0
 
 
 class BadInput(ValueError):
-    """What the user asked for cannot be done; the message says why and what to do, in one line."""
+    """What the user asked for cannot be done. The message says why and what to do, in one line."""
 
 
 def use_device(device):
-    """Choose numpy ("cpu") or cupy ("gpu"); "auto" takes a GPU if there is one. -> "cpu" or "gpu".
-    Raises BadInput if a GPU is asked for and cannot be used."""
-    global xp, CACHE_BYTES
-    xp, CACHE_BYTES = np, 2**18
-    keep_freed_memory()
-    if device != "cpu":
-        with contextlib.suppress(ImportError):
+    """Let all arrays live on the "cpu" (numpy) or on the "gpu" (cupy). Returns the device.
+
+    Raises BadInput if a GPU is asked for and cannot be used, with the reason."""
+    global xp, PIECE
+    xp, PIECE = np, 128
+    if device == "gpu":
+        try:
             import cupy
-            if cupy.is_available():
-                xp, CACHE_BYTES = cupy, 2**27
-    if device == "gpu" and xp is np:
-        raise BadInput("no GPU can be used: CuPy is not installed or sees no CUDA device; "
-                       "use --device cpu")
-    return "cpu" if xp is np else "gpu"
-
-
-def keep_freed_memory():
-    """Ask glibc, where there is one, to keep large freed arrays for the next ones of their size.
-    Fresh memory costs more than the sums that fill it; so y = x + 1 is as fast as reusing y."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller arrays come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap keeps what is freed
+            reason = "" if cupy.is_available() else "CuPy sees no CUDA device"
+        except Exception as error:  # not installed, or installed without a driver
+            reason = " ".join(str(error).split())
+        if reason:
+            raise BadInput(f"no GPU can be used: {reason}; use --device cpu")
+        xp, PIECE = cupy, 2**14  # a GPU is busy only with large pieces
+    return device
 
 
 def to_host(x):
     """A numpy array with the same numbers."""
     return x if isinstance(x, np.ndarray) else xp.asnumpy(x)
 
-
-def slices(count, row_bytes, most=None):
-    """Slices that cover range(count), each of at most `most` bytes (CACHE_BYTES), or of one row."""
-    step = max(1, int((most or CACHE_BYTES) // row_bytes))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 # ---- Data: D_p, all p^k inputs with their sums modulo p (Eq. 1) ----------------------------------
 
@@ -104,26 +96,29 @@ def check_size(k, p, m=1):
 
 
 def digits(index, k, p):  # [n] -> [n, k]
-    """Inputs by their number in all_inputs: digits(0 .. p^k - 1) counts up, a_k fastest."""
+    """The inputs with these numbers: digits(0 .. p^k - 1) is all_inputs, a_k runs fastest."""
     return index[:, None] // p ** xp.arange(k - 1, -1, -1) % p
 
 
 def all_inputs(k, p):
     """All of D_p (Eq. 1), int [p^k, k], a_k running fastest. Raises BadInput if it is too large.
+
     all_inputs(2, 3) -> [[0, 0], [0, 1], [0, 2], [1, 0], .. [2, 2]]"""
     check_size(k, p)
     return digits(xp.arange(p**k), k, p)
 
 
 def labels(a, p):  # [n, k] -> [n]
-    """a_1 + .. + a_k mod p."""
+    """The right classes, a_1 + .. + a_k mod p."""
     return a.sum(axis=1) % p
 
 
 def split(k, p, fraction, rng, orbit=None):
     """A random part of D_p to train on: bool [p^k] on the host, True on round(fraction p^k) inputs.
-    orbit: int [p^k], each input's group; this fraction of the groups is drawn then, whole. rng: a
-    numpy Generator. Raises BadInput if the fraction is outside (0, 1] or selects nothing."""
+
+    orbit: int [p^k], each input's group; if given, this fraction of the groups is drawn, and each
+    group is in the part as a whole or not at all. rng: a numpy Generator. Raises BadInput if the
+    fraction is outside (0, 1] or selects nothing."""
     check_size(k, p)
     orbit = np.arange(p**k) if orbit is None else orbit
     groups = np.unique(orbit)
@@ -135,65 +130,68 @@ def split(k, p, fraction, rng, orbit=None):
     chosen[rng.permutation(groups)[:count]] = True
     return chosen[orbit]
 
+
+def orbits(k, p, count):  # -> int [p^k], on the host
+    """For each input the number of its orbit's first member: the one of its permuted copies, with
+    the first `count` numbers in any order, in which these are sorted. See split."""
+    a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
+    a[:, :count].sort(axis=1)
+    return a @ p ** np.arange(k - 1, -1, -1)
+
+
+def pieces(a, most):  # [n, k] -> [[n', k], ..]
+    """The inputs in pieces of this many or, the last one, fewer."""
+    return [a[start:start + most] for start in range(0, len(a), most)]
+
+
 # ---- The network: f(theta, a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2) ----
 
 
-def embed_sum(u, a):  # [k, p, m], [n, k] -> [n, m]
-    """z = u_1[a_1] + .. + u_k[a_k], as one product of one-hot rows with a [k p, m] table."""
-    k, p, m = u.shape
-    onehot = xp.eye(p, dtype=u.dtype)[a].reshape(len(a), k * p)
-
-    def backward(dz):
-        return (onehot.T @ dz).reshape(k, p, m)  # adds in a fixed order, as a scatter may not
-    return onehot @ u.reshape(k * p, m), backward
-
-
-def embed_grid(u, prefix):  # [k, p, m], [n, k-1] -> [n p, m]
-    """embed_sum for the beginnings a_1 .. a_{k-1}, each with all p numbers a_k: a broadcast sum."""
-    k, p, m = u.shape
-    n = len(prefix)
-    begun, begun_backward = embed_sum(u[:-1], prefix)
-    z = begun[:, None] + u[-1]  # [n, p, m]
-
-    def backward(dz):
-        dz = dz.reshape(n, p, m)
-        return xp.concatenate([begun_backward(dz.sum(axis=1)), dz.sum(axis=0)[None]])
-    return z.reshape(n * p, m), backward
-
-
 def power(z, k):  # [n, m] -> [n, m]
-    """h = z^k; below = z^(k-1), made of squares, gives the slope k z^(k-1)."""
-    h, slope = xp.empty_like(z), xp.empty_like(z)
-    for rows in slices(len(z), z[0].nbytes):
-        x = z[rows]
-        below = functools.reduce(xp.multiply, [x * x] * ((k - 1) // 2) + [x] * ((k - 1) % 2))
-        xp.multiply(below, x, out=h[rows])
-        xp.multiply(below, k, out=slope[rows])
+    """h = z^k, by products: numpy's z**k takes many times as long."""
+    below = functools.reduce(xp.multiply, [z] * (k - 1))  # z^(k-1)
 
     def backward(dh):
-        return dh * slope
-    return h, backward
+        return k * below * dh
+
+    return z * below, backward
 
 
 def relu(z):  # [n, m] -> [n, m]
-    """h = max(z, 0): the other activation of Morwani et al. 2024 (arXiv 2311.07568)."""
+    """h = max(z, 0), the other activation of Morwani et al. 2024 (arXiv 2311.07568)."""
     def backward(dh):
         return dh * (z > 0)
+
     return xp.maximum(z, 0), backward
 
 
-def cross_entropy(logits, y):  # [n, p], [n] -> scalar
-    """Mean of -log softmax(logits)[y]; backward() -> (softmax - onehot) / n."""
-    n, each = len(y), xp.arange(len(y))
-    x = logits - logits.max(axis=1, keepdims=True)
-    exp = xp.exp(x)
-    total = exp.sum(axis=1, keepdims=True)
+def mlp(params, a, activation="power"):  # [n, k] -> [n, p]
+    """The network of Eq. 2 on inputs a; activation "power" (z^k) or "relu".
 
-    def backward():
-        dlogits = exp / (n * total)
-        dlogits[each, y] -= 1 / n
-        return dlogits
-    return (xp.log(total)[:, 0] - x[each, y]).mean(), backward
+    -> logits, backward(dlogits) -> {"u": du, "w": dw}."""
+    u, w = params["u"], params["w"]
+    k, p, m = u.shape
+    z = functools.reduce(xp.add, [u[j][a[:, j]] for j in range(k)])
+    h, activation_backward = power(z, k) if activation == "power" else relu(z)
+
+    def backward(dlogits):
+        # logits = h w
+        dw = h.T @ dlogits
+        dz = activation_backward(dlogits @ w.T)
+        # z = u_1[a_1] + .. + u_k[a_k]: rows of u are picked, which a product with one-hot rows does
+        onehot = xp.eye(p, dtype=u.dtype)[a].reshape(len(a), k * p)
+        return {"u": (onehot.T @ dz).reshape(k, p, m), "w": dw}
+
+    return h @ w, backward
+
+
+def mlp_pieces(params, a=None, activation="power"):
+    """mlp on inputs a [n, k], or on all of D_p in order (None), in pieces that fit in the cache.
+
+    Yields (inputs, logits, backward) of each piece."""
+    k, p, _ = params["u"].shape
+    for piece in pieces(all_inputs(k, p) if a is None else a, PIECE):
+        yield piece, *mlp(params, piece, activation)
 
 
 def gaussian(weights, rng, dtype):
@@ -207,39 +205,204 @@ def init_mlp(rng, k, p, m, init_std, dtype="float32", **_):
     return gaussian({"u": ((k, p, m), init_std), "w": ((m, p), init_std)}, rng, dtype)
 
 
-def mlp(params, a, activation="power", embed=embed_sum):  # [n, k] -> [n, p]
-    """The network of Eq. 2 on inputs a; activation "power" (z^k) or "relu".
-    -> logits, backward(dlogits) -> {"u": du, "w": dw}. With embed_grid, a holds beginnings."""
-    u, w = params["u"], params["w"]
-    z, embed_backward = embed(u, a)
-    h, activation_backward = power(z, len(u)) if activation == "power" else relu(z)
+def cross_entropy(logits, y):  # [n, p], [n] -> scalar
+    """Mean of -log softmax(logits)[y]; backward() -> (softmax - onehot) / n."""
+    n, each = len(y), xp.arange(len(y))
+    x = logits - logits.max(axis=1, keepdims=True)
+    exp = xp.exp(x)
+    total = exp.sum(axis=1, keepdims=True)
 
-    def backward(dlogits):  # logits = h w
-        dz = activation_backward(dlogits @ w.T)
-        return {"u": embed_backward(dz), "w": h.T @ dlogits}
-    return h @ w, backward
+    def backward():
+        dlogits = exp / (n * total)
+        dlogits[each, y] -= 1 / n
+        return dlogits
+
+    return (xp.log(total)[:, 0] - x[each, y]).mean(), backward
 
 
-def mlp_pieces(params, a=None, activation="power"):
-    """mlp, a slice of the inputs at a time: yields (inputs, logits, backward). a: [n, k]; None: all
-    of D_p in order, where p inputs that differ only in a_k share the sum of all before it."""
-    k, p, _ = params["u"].shape
-    row_bytes = params["w"][:, 0].nbytes
-    if a is not None:
-        for rows in slices(len(a), row_bytes, SLICE_BYTES):
-            yield a[rows], *mlp(params, a[rows], activation)
-        return
-    for rows in slices(p ** (k - 1), p * row_bytes, 16 * CACHE_BYTES):
-        inputs = digits(xp.arange(rows.start * p, rows.stop * p), k, p)
-        yield inputs, *mlp(params, inputs[::p, :-1], activation, embed_grid)
+# ---- Learning: cross-entropy and textbook AdamW --------------------------------------------------
 
-# ---- Norm (Def. B.2), penalty (Def. 3.1), margins, the largest of them (Theorem 4.1) -------------
+
+def mlp_settings(k=3, p=23, m=None, activation="power", **_):
+    """The settings by which an MLP trains, a dict: the same for all k and p.
+
+    Learning rate, betas, batch and warm-up are the paper's. What it leaves open was chosen on seeds
+    from 100 up: the first weights, the decay that lets each neuron keep one frequency, and the
+    fall of the learning rate over the second half, by which it loses what is left of the others."""
+    return {"k": k, "p": p, "m": 2 ** (2 * k - 2) * (p - 1) if m is None else m,
+            "activation": activation, "fast": False, "max_margin": False, "split": "random",
+            "train_fraction": 0.5, "steps": 2000, "batch": 1024, "init_std": 0.1, "lr": 0.005,
+            "hold": 0.5, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 1}
+
+
+def learning_rate(config, step):
+    """lr at this step: ten steps of warm-up; from the share "hold" of the steps linearly to 0."""
+    warm, done = min(1, (step + 1) / 10), step / config["steps"]
+    return config["lr"] * warm * min(1, (1 - done) / (1 - config["hold"]))
+
+
+def loss_and_gradients(network_pieces, n):
+    """Mean cross-entropy over n inputs in pieces (inputs, logits, backward), and its gradients.
+
+    -> loss, {name: gradient}, doubt: the mean of 1 - softmax[y], 0 where all is known."""
+    loss, doubt, grads = 0, 0, {}
+    for a, logits, backward in network_pieces:
+        y, share = labels(a, logits.shape[1]), len(a) / n
+        part, loss_backward = cross_entropy(logits, y)
+        dlogits = share * loss_backward()
+        loss = loss + share * part
+        doubt = doubt - dlogits[xp.arange(len(a)), y].sum()
+        for name, d in backward(dlogits).items():
+            if name in grads:
+                grads[name] += d
+            else:
+                grads[name] = d
+    return loss, grads, doubt
+
+
+def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8):
+    """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
+
+    first, second: means of the gradient and of its square, running at betas; step counts from 1.
+    Biases, of one axis, do not decay."""
+    beta1, beta2 = betas
+    for name, x in params.items():
+        g, mean, square = grads[name], first[name], second[name]
+        mean += (1 - beta1) * (g - mean)
+        square += (1 - beta2) * (g * g - square)
+        if x.ndim > 1:
+            x *= 1 - lr * weight_decay
+        root = xp.sqrt(square / (1 - beta2**step))
+        x -= lr / (1 - beta1**step) * mean / (root + eps)
+
+
+def stream(config, *use):
+    """Random numbers apart for each use: 0 split, 1 weights, (2, step) a batch, 3 progress."""
+    return np.random.default_rng(np.random.SeedSequence(config["seed"], spawn_key=use))
+
+
+def sample_inputs(index, k, p, rng, most=2**17):
+    """The inputs [n, k] of these numbers (see digits); of more than `most`, `most` random draws."""
+    if len(index) > most:
+        index = index[rng.integers(0, len(index), most)]
+    return digits(xp.asarray(index), k, p)
+
+
+def next_batch(run):
+    """The inputs of a run's next step: random ones of its training part, or all if it is small."""
+    config = run.config
+    return sample_inputs(run.index, config["k"], config["p"], stream(config, 2, run.step),
+                         config["batch"])
+
+
+def update(run, grads, lr, weight_decay):
+    """Let AdamW take a run one step on, with these gradients."""
+    run.step += 1
+    adamw(run.params, grads, run.first, run.second, run.step, lr, weight_decay,
+          run.config["betas"], run.config["eps"])
+
+
+# ---- What training finds: Fourier analysis of the weights (Section 4), on the host ---------------
+# numpy's sign: x^(j) = sum_a x(a) e^(-2 pi i j a/p), so that A cos(theta + 2 pi zeta a/p) has
+# theta = arg x^(zeta).
+
+
+def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
+    """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
+    x = np.moveaxis(to_host(x), axis, -1)
+    j, p = np.arange(x.shape[-1] // 2 + 1), x.shape[-1]
+    fold = 2 - ((j == 0) | (2 * j == p)).astype(x.dtype)  # the mean and Nyquist have no partner
+    return np.moveaxis(fold * np.abs(np.fft.rfft(x)) ** 2, -1, axis)
+
+
+def max_normalized_power(x, axis=-1):
+    """The largest share of power at a zeta >= 1, the mean included in the whole; 1 for a cosine."""
+    spectrum = np.moveaxis(power_spectrum(x, axis), axis, 0)
+    return spectrum[1:].max(axis=0) / np.maximum(spectrum.sum(axis=0), TINY)
+
+
+def expected_max_power(p):
+    """Mean of max_normalized_power over Gaussian vectors: 2 H_n/p, n = (p-1)/2 (harmonic number),
+    for odd p, else None. expected_max_power(23) -> 0.263"""
+    return sum(2 / i for i in range(1, (p + 1) // 2)) / p if p % 2 else None
+
+
+def neurons(params):  # -> [k+1, p, m]
+    """All vectors of all neurons: u_1 .. u_k and then w."""
+    return xp.concatenate([params["u"], params["w"].T[None]])
 
 
 def neuron_norms(params):  # -> [m]
     """||theta_i||_2 over the (k+1) p numbers of each neuron."""
     u, w = params["u"], params["w"]
     return xp.sqrt(xp.einsum("kpm,kpm->m", u, u) + xp.einsum("mp,mp->m", w, w))
+
+
+def neuron_spectra(params):
+    """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host.
+
+    frequency [m]       zeta with most power in u_1..u_k and w together
+    concentration [m]   share of the neuron's power at zeta, the means included in the whole
+    shares [k+1, m]     maximum normalized power of each vector by itself
+    phases [k+1, m]     theta_1 .. theta_k, theta_w at zeta
+    phase_error [m]     |theta_1 + .. + theta_k - theta_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
+    live [m]            norm above a tenth of the largest
+    single [m]          live, and over 95% of the power at zeta
+    summary             for a line of progress; frequencies_used counts those of single neurons"""
+    vectors, norms = to_host(neurons(params)), to_host(neuron_norms(params))
+    spectrum = power_spectrum(vectors, axis=1).sum(axis=0)  # [p // 2 + 1, m]
+    zeta, each = 1 + spectrum[1:].argmax(axis=0), np.arange(len(norms))
+    concentration = spectrum[zeta, each] / np.maximum(spectrum.sum(axis=0), TINY)
+    shares = max_normalized_power(vectors, axis=1)
+    phases = np.angle(np.fft.rfft(vectors, axis=1)[:, zeta, each])
+    error = (phases[:-1].sum(axis=0) - phases[-1] + math.pi) % (2 * math.pi) - math.pi
+    live = norms > 0.1 * norms.max()
+    single = live & (concentration > 0.95)
+    return {"frequency": zeta, "concentration": concentration, "shares": shares, "phases": phases,
+            "phase_error": abs(error), "live": live, "single": single, "summary": {
+                "live_neurons": int(live.sum()),
+                "max_normalized_power": float(shares[:, live].mean()) if live.any() else 0.0,
+                "single_frequency_fraction": float(single.sum() / max(1, live.sum())),
+                "frequencies_used": len(np.unique(zeta[single]))}}
+
+
+def ablate(params):
+    """The causal check: the network restricted to each neuron's own frequency, and the rest.
+
+    -> restricted, excluded, which add up to params (after Nanda et al. 2023, arXiv 2301.05217)."""
+    vectors, zeta = to_host(neurons(params)), neuron_spectra(params)["frequency"]
+    k, p, _ = params["u"].shape
+    transform = np.fft.rfft(vectors, axis=1) * (np.arange(p // 2 + 1)[:, None] == zeta)
+    kept = np.fft.irfft(transform, n=p, axis=1).astype(vectors.dtype)
+    return [{"u": xp.asarray(v[:k]), "w": xp.asarray(v[k].T.copy())}
+            for v in (kept, vectors - kept)]
+
+
+def margins(logits, y):  # [n, p], [n] -> [n], [n]
+    """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
+
+    The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong."""
+    each, p, wrong = xp.arange(len(y)), logits.shape[1], logits.copy()
+    right = logits[each, y]
+    wrong[each, y] = -xp.inf
+    return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
+
+
+def evaluate(network_pieces):
+    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict: right,
+    bool [n] on the host; accuracy; loss, the mean; margin, the smallest, and largest_margin."""
+    margin, loss = [], 0.0
+    for a, logits, *_ in network_pieces:
+        y = labels(a, logits.shape[1])
+        margin.append(margins(logits, y)[0])
+        loss += float(cross_entropy(logits, y)[0]) * len(y)
+    margin = to_host(xp.concatenate(margin))
+    right = margin > 0
+    return {"right": right, "accuracy": float(right.mean()), "loss": loss / len(right),
+            "margin": float(margin.min()), "largest_margin": float(margin.max())}
+
+
+# ---- The best network there is: norm, margin, gamma* (Def. B.2, Theorem 4.1) ---------------------
 
 
 def degree(k, activation="power"):
@@ -256,9 +419,12 @@ def norm(params, nu=None):
 
 
 def penalty(params, strength, nu, exponent):
-    """strength ||theta||_{2,nu}^exponent (Def. 3.1) -> value, gradients. exponent 1 is the paper's
-    regularizer; exponent nu makes it sum_i ||theta_i||^nu, smooth at 0. By theta_i the gradient is
-    strength exponent ||theta||^(exponent - nu) ||theta_i||^(nu - 2) theta_i."""
+    """strength ||theta||_{2,nu}^exponent (Def. 3.1) -> its value, its gradients.
+
+    With exponent 1 this is the paper's regularizer; with exponent nu it is sum_i ||theta_i||^nu,
+    which is smooth at 0. The gradient by theta_i is
+
+        strength exponent ||theta||^(exponent - nu) ||theta_i||^(nu - 2) theta_i."""
     norms = neuron_norms(params)
     total = (norms**nu).sum() ** (1 / nu)
     pull = strength * exponent * (total + (total == 0)) ** (exponent - nu) * norms ** (nu - 2)
@@ -271,117 +437,25 @@ def max_margin(k, p):
         gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) )
 
     for odd p; for even p (p-1)/(p-2+r) times that, r = 2^(-(k-1)/2), by the Nyquist frequency."""
-    gamma = 2 * math.factorial(k) / ((2*k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
+    gamma = 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
     return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
 
-def margins(logits, y):  # [n, p], [n] -> [n], [n]
-    """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
-    The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong."""
-    each, p, wrong = xp.arange(len(y)), logits.shape[1], logits.copy()
-    right = logits[each, y]
-    wrong[each, y] = -xp.inf
-    return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
-
-
-def evaluate(pieces):
-    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict: right,
-    bool [n] on the host; accuracy; loss, the mean; margin, the smallest, and largest_margin."""
-    margin, loss = [], 0.0
-    for a, logits, *_ in pieces:
-        y = labels(a, logits.shape[1])
-        margin.append(to_host(margins(logits, y)[0]))
-        loss += float(cross_entropy(logits, y)[0]) * len(y)
-    margin = np.concatenate(margin)
-    right = margin > 0
-    return {"right": right, "accuracy": float(right.mean()), "loss": loss / len(right),
-            "margin": float(margin.min()), "largest_margin": float(margin.max())}
-
-
 def normalized_margin(params, activation="power"):
-    """h(theta) / ||theta||^nu, the margin of theta / ||theta|| over D_p; for z^k at most gamma*."""
+    """The smallest margin over D_p divided by ||theta||^nu, which is the margin of
+    theta / ||theta||. For the power activation it is at most gamma*."""
     nu = degree(len(params["u"]), activation)
     return evaluate(mlp_pieces(params, None, activation))["margin"] / (norm(params, nu) ** nu or 1)
 
-# ---- Fourier analysis of the weights (Section 4), on the host ------------------------------------
-# numpy's sign: x^(j) = sum_a x(a) e^(-2 pi i j a/p), so that A cos(theta + 2 pi zeta a/p) has
-# theta = arg x^(zeta).
 
-
-def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
-    """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
-    x = np.moveaxis(to_host(x), axis, -1)
-    j, p = np.arange(x.shape[-1] // 2 + 1), x.shape[-1]
-    fold = 2 - ((j == 0) | (2 * j == p)).astype(x.dtype)  # the mean and Nyquist have no partner
-    return np.moveaxis(fold * np.abs(np.fft.rfft(x)) ** 2, -1, axis)
-
-
-def max_normalized_power(x, axis=-1):
-    """The largest share of power at a zeta >= 1, the mean included in the whole; 1 = a cosine."""
-    spectrum = np.moveaxis(power_spectrum(x, axis), axis, 0)
-    return spectrum[1:].max(axis=0) / np.maximum(spectrum.sum(axis=0), TINY)
-
-
-def expected_max_power(p):
-    """Mean of max_normalized_power over Gaussian vectors: 2 H_n/p, n = (p-1)/2 (harmonic number),
-    for odd p, else None. expected_max_power(23) -> 0.263"""
-    return sum(2 / i for i in range(1, (p + 1) // 2)) / p if p % 2 else None
-
-
-def neurons(params):  # -> [k+1, p, m]
-    """All vectors of all neurons: u_1 .. u_k and then w."""
-    return xp.concatenate([params["u"], params["w"].T[None]])
-
-
-def neuron_spectra(params):
-    """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host.
-    frequency [m]       zeta with most power in u_1..u_k and w together
-    concentration [m]   share of the neuron's power at zeta, the means included in the whole
-    shares [k+1, m]     maximum normalized power of each vector by itself
-    phases [k+1, m]     theta_1 .. theta_k, theta_w at zeta
-    phase_error [m]     |theta_1 + .. + theta_k - theta_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
-    live [m]            norm above a tenth of the largest
-    summary             of the live neurons, for a line of progress"""
-    vectors, norms = to_host(neurons(params)), to_host(neuron_norms(params))
-    spectrum = power_spectrum(vectors, axis=1).sum(axis=0)  # [p // 2 + 1, m]
-    zeta, each = 1 + spectrum[1:].argmax(axis=0), np.arange(len(norms))
-    concentration = spectrum[zeta, each] / np.maximum(spectrum.sum(axis=0), TINY)
-    shares = max_normalized_power(vectors, axis=1)
-    phases = np.angle(np.fft.rfft(vectors, axis=1)[:, zeta, each])
-    error = (phases[:-1].sum(axis=0) - phases[-1] + math.pi) % (2 * math.pi) - math.pi
-    live = norms > 0.1 * norms.max()
-    return {"frequency": zeta, "concentration": concentration, "shares": shares, "phases": phases,
-            "phase_error": abs(error), "live": live, "summary": {
-                "max_normalized_power": float(shares[:, live].mean()),
-                "single_frequency_fraction": float((concentration[live] > 0.95).mean()),
-                "frequencies_used": len(np.unique(zeta[live]))}}
-
-
-def ablate(params):
-    """The causal check: the network restricted to each neuron's own frequency, and the rest.
-    -> restricted, excluded, which add up to params (after Nanda et al. 2023, arXiv 2301.05217)."""
-    vectors, zeta = to_host(neurons(params)), neuron_spectra(params)["frequency"]
-    k, p, _ = params["u"].shape
-    transform = np.fft.rfft(vectors, axis=1) * (np.arange(p // 2 + 1)[:, None] == zeta)
-    kept = np.fft.irfft(transform, n=p, axis=1).astype(vectors.dtype)
-    return [{"u": xp.asarray(v[:k]), "w": xp.asarray(v[k].T.copy())}
-            for v in (kept, vectors - kept)]
-
-
-def network_dft(params):
-    """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f of Eq. 2 (Lemma F.2), complex [p, ..].
-    Raises BadInput if its p^(k+1) numbers are too many."""
-    k, p, _ = params["u"].shape
-    if 16 * p ** (k + 1) > MAX_BYTES // 4:
-        raise BadInput(f"too large: the DFT of f has {p}^{k + 1} numbers; take a smaller p")
-    f = xp.concatenate([logits for _, logits, _ in mlp_pieces(params)])
-    return xp.fft.fftn(f.reshape((p,) * (k + 1)))
-
-# ---- From the weights alone, without the p^k inputs; power activation only -----------------------
-# Why a neuron of the best network is a cosine (Lemma 4.2): a margin is at most the class-weighted
+# What follows is computed from the weights alone, without the p^k inputs; z^k only. It also shows
+# why a neuron of the best network is a cosine (Lemma 4.2): a margin is at most the class-weighted
 # one, whose mean over D_p is, but for a factor, the sum over neurons and frequencies of
-# |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error). At a given norm, as k+1 >= 3, a neuron gives most
-# with all power at one frequency, shared equally by u_1 .. u_k and w, and phase error 0.
+#
+#     |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
+#
+# At a given norm, as k+1 >= 3, a neuron gives most if all of its power is at one frequency, shared
+# equally by u_1 .. u_k and w, and its phase error is 0.
 
 
 def neuron_dft(params):  # -> complex [p, m]
@@ -393,14 +467,17 @@ def neuron_dft(params):  # -> complex [p, m]
 
 
 def diagonal_dft(params):  # -> [p]
-    """S_j = f^(j, .., j, -j) for j = 1 .. p-1, real if all phase errors are 0; S_0 = 0.
-    A max-margin network has S_j > 0 (Lemma F.2), on the unit ball S_j = gamma* p^k."""
+    """f^(j, .., j, -j) for j = 1 .. p-1, real if all phase errors are 0; and 0 for j = 0.
+
+    In a max-margin network it is > 0 (Lemma F.2), on the unit ball gamma* p^k."""
     return neuron_dft(params).sum(axis=1)
 
 
 def margin_bound(params):
-    """An upper bound on the margin h: the least mean over D_p of f[y] - f[y + Delta], Delta != 0.
-    That mean is p^-(k+1) sum_j S_j (1 - e^(-2 pi i j Delta/p))."""
+    """An upper bound on the smallest margin over D_p: the smallest mean of f[y] - f[y + Delta],
+    over all Delta != 0. By Parseval this mean over D_p is
+
+        p^-(k+1) sum_{j != 0} f^(j,..,j,-j) (1 - e^(-2 pi i j Delta/p))."""
     k, p, _ = params["u"].shape
     diagonal = diagonal_dft(params)
     means = (diagonal.sum() - xp.fft.fft(diagonal)).real[1:] / float(p) ** (k + 1)
@@ -408,13 +485,29 @@ def margin_bound(params):
 
 
 def efficiency(params):  # -> [m]
-    """Each neuron's class-weighted margin at unit norm, sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k),
-    over gamma* (Lemmas 4.2, D.8). Odd p: in [-1, 1], 1 for cosines of one size, phases in order;
-    for even p a cosine reaches (p-2+r)/(p-1), r = 2^(-(k-1)/2), a Nyquist neuron 1/r of that."""
+    """Each neuron's mean class-weighted margin at unit norm, over gamma* (Lemmas 4.2, D.8):
+
+        sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k gamma*).
+
+    For odd p it lies in [-1, 1], and is 1 for cosines of one frequency and one size whose phases
+    add up. For even p such a neuron reaches (p-2+r)/(p-1), where r = 2^(-(k-1)/2), and a neuron of
+    the Nyquist frequency reaches that divided by r."""
     k, p, _ = params["u"].shape
     norms = xp.maximum(neuron_norms(params), TINY)
     unit = {"u": params["u"] / norms, "w": params["w"] / norms[:, None]}
     return neuron_dft(unit).real.sum(axis=0) / ((p - 1) * float(p) ** k * max_margin(k, p))
+
+
+def network_dft(params):
+    """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f of Eq. 2 (Lemma F.2), complex [p, ..].
+
+    Raises BadInput if its p^(k+1) numbers are too many."""
+    k, p, _ = params["u"].shape
+    if 16 * p ** (k + 1) > MAX_BYTES // 4:
+        raise BadInput(f"too large: the DFT of f has {p}^{k + 1} numbers; take a smaller p")
+    f = xp.concatenate([logits for _, logits, _ in mlp_pieces(params)])
+    return xp.fft.fftn(f.reshape((p,) * (k + 1)))
+
 
 # ---- Theory: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1) --------------
 
@@ -426,34 +519,44 @@ def half_of_all_signs(k):  # -> [2^(k-1), k]
 
 def paper_network(k, p):
     """The paper's max-margin network (Lemmas 4.3, E.3): 2^(2k-2) (p-1) neurons, float64, norm 1.
+
     For each zeta, cos(x_1 + .. + x_k - y) is a sum of 2^k products of cosines and sines, where
     x_j = 2 pi zeta a_j/p and y = 2 pi zeta c/p; each product is a sum of 2^(k-1) k-th powers:
 
         2^k k! d_1 .. d_k = sum over signs s of s_1 .. s_k (s_1 d_1 + .. + s_k d_k)^k   (Lemma E.1)
 
     where s and -s give the same. Raises BadInput for even p, which the paper leaves out."""
-    check_size(k, p, 2 ** (2*k - 2) * (p - 1))
+    check_size(k, p, 2 ** (2 * k - 2) * (p - 1))
     if p % 2 == 0:
         raise BadInput(f"the paper's network is for odd p, not {p}; rotated_network takes any p")
-    # A sine is a cosine a quarter turn late: late_j = 1 makes d_j = cos(x_j - pi/2) = sin x_j. If
+    # A sine is a cosine turned by a quarter: sine_j = 1 makes d_j = cos(x_j - pi/2) = sin x_j. If
     # q, the number of sines, is odd, y takes one too; (-1)^(q // 2) is the product's sign.
-    late = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
-    q = late.sum(axis=1)
+    sine = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
+    q = sine.sum(axis=1)
     signs = half_of_all_signs(k)
     last = (-1) ** (q // 2)[:, None] * signs.prod(axis=1)  # [2^k, 2^(k-1)]
-    amplitudes = np.column_stack([np.tile(signs, (len(late), 1)), last.reshape(-1)])
-    phases = -np.pi / 2 * np.column_stack([late, q % 2]).repeat(len(signs), axis=0)
+    amplitudes = np.column_stack([np.tile(signs, (len(sine), 1)), last.reshape(-1)])
+    phases = -np.pi / 2 * np.column_stack([sine, q % 2]).repeat(len(signs), axis=0)
     return cosine_network(k, p, amplitudes, phases)
 
 
 def rotated_network(k, p):
     """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
-    All phases turn together, by psi_s = pi s/(k+1) for s = 0 .. k, those of w by k psi_s. The signs
-    of Lemma E.1 leave 2^(k-1) k! prod_j cos(x_j + psi_s) cos(y + k psi_s). In exponentials the last
-    cosine is half e^(-i (y + k psi_s)) and half its conjugate; times that, the x_j's term with q
-    minus signs has e^(-2 i q psi_s), whose sum over s is k+1 for q = 0 and else 0: only
-    cos(x_1 + .. + x_k - y) is left. Even p (2, parity, is one) has (k+1) 2^(k-2) (p-2) of these and
-    2^(k-1) for the Nyquist frequency, where cos(x_j) = (-1)^a_j needs no turning."""
+
+    Each neuron is turned by an angle psi_s = pi s/(k+1), s = 0 .. k: the phases of u_1 .. u_k by
+    psi_s, the phase of w by k psi_s. Over the signs of Lemma E.1 its neurons add up to
+
+        2^(k-1) k! cos(x_1 + psi_s) .. cos(x_k + psi_s) cos(y + k psi_s).
+
+    Write each cosine as (e^(i ..) + e^(-i ..)) / 2. In the product of the x's take the term in
+    which r of the k exponents have a minus sign; times e^(-i (y + k psi_s)) it has the factor
+    e^(-2 i r psi_s), and
+
+        sum over s = 0 .. k of e^(-2 pi i r s/(k+1)) = k+1 for r = 0, and 0 for r = 1 .. k.
+
+    So only r = 0 is left, with its conjugate: cos(x_1 + .. + x_k - y). For even p (2, parity, is
+    one) there are (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) of the Nyquist frequency p/2, where
+    cos(x_j) = (-1)^a_j and nothing needs to be turned."""
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
     amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
@@ -462,9 +565,11 @@ def rotated_network(k, p):
 
 
 def cosine_network(k, p, amplitudes, phases):
-    """-> {"u", "w"} of norm 1: neurons amplitude cos(phase + 2 pi zeta a/p), [rows, k+1] of each,
-    for every zeta. For odd p all have one norm. For even p the Nyquist ones, the first 2^(k-1) rows
-    alone, have the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1)."""
+    """-> {"u", "w"} of norm 1: the neurons amplitude cos(phase + 2 pi zeta a/p), for every zeta.
+
+    amplitudes, phases: [rows, k+1], of the neurons at each zeta. For odd p all neurons have the
+    same norm. For even p those of the Nyquist frequency are the first 2^(k-1) rows alone; they have
+    the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1)."""
     angle = 2 * np.pi * np.arange(p) / p
     r = 2 ** (-(k - 1) / 2)
     parts = []
@@ -481,9 +586,14 @@ def cosine_network(k, p, amplitudes, phases):
 
 def theory_check(params):
     """Compare a network of norm 1 with Theorem 4.1 (G.2) on all p^k inputs, by brute force.
-    For odd p it is max-margin if and only if f(a)[c] = gamma* (1{c = sum a} - 1/p), so that all
-    wrong classes are alike (Condition 3.8); for even p ours has this f too. For odd p also the
-    dual: the mean class-weighted margin's gradient is gamma* that of sum_i ||theta_i||^(k+1).
+
+    For odd p a network is max-margin if and only if
+
+        f(a)[c] = gamma* (1{c = a_1 + .. + a_k} - 1/p),
+
+    so that all wrong classes are alike (Condition 3.8); for even p ours has this f, too. For odd p
+    also the dual: the gradient of the mean class-weighted margin is gamma* times that of
+    sum_i ||theta_i||^(k+1).
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
     gamma, onehot, spread, deviation = max_margin(k, p), xp.eye(p), 0.0, 0.0
@@ -503,9 +613,9 @@ def theory_check(params):
             ("spread over wrong classes (Cond. 3.8)", spread, 0, gamma),
             ("|f - gamma* (1{c = sum a} - 1/p)|", deviation, 0, gamma),
             ("margin bound from the weights", margin_bound(params), gamma, gamma),
-            ("S_j from the weights, smallest", float(diagonal.real.min()), size, size),
-            ("S_j from the weights, largest", float(diagonal.real.max()), size, size),
-            ("S_j imaginary part", float(xp.abs(diagonal.imag).max()), 0, size)]
+            ("f^(j,..,j,-j) by weights, smallest", float(diagonal.real.min()), size, size),
+            ("f^(j,..,j,-j) by weights, largest", float(diagonal.real.max()), size, size),
+            ("f^(j,..,j,-j) imaginary part", float(xp.abs(diagonal.imag).max()), 0, size)]
     if 16 * p ** (k + 1) <= MAX_BYTES // 4:  # else network_dft would refuse
         f, j = xp.abs(network_dft(params)), xp.arange(1, p)
         places = (j,) * k + (p - j,)
@@ -519,121 +629,108 @@ def theory_check(params):
         rows += [("dual condition, residual", residual, 0, largest)]
     return [(what, got, wanted, abs(got - wanted) / unit) for what, got, wanted, unit in rows]
 
-# ---- Learning: one loss, cross-entropy; a control variate that quiets its gradient; AdamW --------
+
+# ---- Learning faster, beyond the paper: a control variate, equal sizes; the maximum margin -------
 
 
-def product_term(params, a):  # [n, k] -> scalar, {"u": du, "w": dw}
-    """A quiet estimate of the linear part of cross-entropy, and its gradients.
+def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
+    """mlp (z^k), with a backward whose gradients have less noise; n: inputs in the whole batch.
 
-    To first order in the logits, cross-entropy is log p plus
+    Write x_j = u_j(a_j), w~ = w - mean_c w, and y = a_1 + .. + a_k. Then over all of D_p, for any
+    weights,
 
-        L(theta) = mean_a ( mean_c f(a)[c] - f(a)[y] ),                         y = a_1 + .. + a_k,
-                 = -k! mean_a sum_i u_{i,1}(a_1) .. u_{i,k}(a_k) w~_i(y),     w~ = w - mean_c w.
+        R = mean_a sum_i r_i(a) w~_i(y) = 0,     r = z^k - k! x_1 .. x_k.
 
-    The lines are equal over all of D_p, for any weights: expand z^k; a monomial that lacks some u_j
-    leaves a_j free, and over a_j alone w~_i(y) averages to 0; in degree k only the product of all k
-    lacks none (Lemma 4.2's form). On a batch both estimate L, but the first has all the monomials'
-    noise: at Gaussian weights the mean square of z^k is 3, 11, 47, 205 times that of the product
-    term at k = 2, 3, 4, 5. -> the second line on the batch a, its gradients."""
+    Expand z^k: a monomial that lacks some x_j leaves a_j free, and over a_j alone w~_i(y) averages
+    to 0; in degree k only the product of all k lacks none. On a batch R is not 0, so it is noise
+    that we know to be noise: a control variate. It is also the noise of cross-entropy: to first
+    order in the logits, that is log p - mean_a sum_i z_i^k w~_i(y), and at Gaussian weights the
+    mean square of z^k is 3, 11, 47, 205 times that of the product term k! x_1 .. x_k at k = 2, 3,
+    4, 5. So this backward, given the gradient of cross-entropy by the logits, adds the gradient of
+
+        coefficient * R.
+
+    What it is not: on a training half the mean of R is not 0, so this is not the gradient of that
+    half's cross-entropy. It uses that the data are a whole group, which no other rule is told."""
     u, w = params["u"], params["w"]
-    k, p, m = u.shape
-    n, y, eye = len(a), labels(a, p), xp.eye(p, dtype=u.dtype)
-    scale = -math.factorial(k) / n
-    centred = xp.ascontiguousarray((w - w.mean(axis=1, keepdims=True)).T)  # w~, [p, m]
-    product, *dx = (xp.empty((n, m), u.dtype) for _ in range(k + 1))
-    value = 0
-    for rows in slices(n, product[0].nbytes):
-        x = [u[j, a[rows, j]] for j in range(k)]
-        before = list(itertools.accumulate(x, xp.multiply))  # before[j] = x_0 .. x_j
-        product[rows] = before[-1]
-        after = scale * centred[y[rows]]  # dx_j = scale w~(y) times all x but x_j
-        value = value + (before[-1] * after).sum()
+    k, p, _ = u.shape
+    x = [u[j][a[:, j]] for j in range(k)]
+    h, power_backward = power(functools.reduce(xp.add, x), k)
+
+    def backward(dlogits):
+        eye = xp.eye(p, dtype=u.dtype)
+        onehot, right = eye[a], eye[labels(a, p)]
+        # R = mean of z^k w~(y): w~(y) = sum_c (1{c = y} - 1/p) w(c)
+        toward = coefficient / n * (right - 1 / p)
+        dlogits = dlogits + toward
+        dz = power_backward(dlogits @ w.T)
+        # R = .. - mean of k! x_1 .. x_k w~(y)
+        toward = -math.factorial(k) * toward
+        begun = list(itertools.accumulate(x, xp.multiply))  # x_1, x_1 x_2, .., x_1 .. x_k
+        dw = h.T @ dlogits + begun[-1].T @ toward
+        rest = toward @ w.T  # the gradient by x_1 .. x_k; then by x_1 .. x_j, for j = k-1 .. 1
+        du = xp.empty_like(u)
         for j in range(k - 1, 0, -1):
-            xp.multiply(before[j - 1], after, out=dx[j][rows])
-            after *= x[j]
-        dx[0][rows] = after
-    du = xp.stack([eye[a[:, j]].T @ dx[j] for j in range(k)])  # x_j = u_j[a_j]
-    dw = product.T @ (scale * (eye[y] - 1 / p))  # w~ = w - mean_c w
-    return value, {"u": du, "w": dw}
+            du[j] = onehot[:, j].T @ (dz + begun[j - 1] * rest)
+            rest *= x[j]
+        du[0] = onehot[:, 0].T @ (dz + rest)
+        return {"u": du, "w": dw}
 
-
-def loss_and_gradients(pieces, n, quiet=None, c=0):
-    """Mean cross-entropy over n inputs in pieces (inputs, logits, backward), and its gradients.
-    quiet: an MLP's parameters, for the control variate. A multiple c of L's gradient is taken out
-    of what cross-entropy sends back through the logits, and put back by product_term:
-
-        backward( (softmax - onehot + c (onehot - 1/p)) / n )  +  c grad product_term.
-
-    For every c its mean over D_p is cross-entropy's gradient, as there both estimates of L agree.
-    On a training half it is not: the half's product term replaces c times its own linear part.
-    -> loss, gradients, and the c with which c (onehot - 1/p) comes closest to onehot - softmax,
-    p/(p-1) (1 - mean softmax[y]): 1 at softmax = 1/p, 0 where all is known. It is for the next
-    batch: a c that depends on the batch that it serves could add a bias."""
-    loss, best, grads = 0, 0, {}
-    for a, logits, backward in pieces:
-        p, share = logits.shape[1], len(a) / n
-        y = labels(a, p)
-        part, loss_backward = cross_entropy(logits, y)
-        loss = loss + share * part
-        dlogits = share * loss_backward()
-        if quiet is not None:
-            toward = (xp.eye(p, dtype=logits.dtype)[y] - 1 / p) / n
-            best = best - (dlogits * toward).sum() * (n * p / (p - 1))
-            dlogits = dlogits + c * toward
-            put_back = product_term(quiet, a)[1]
-        for name, d in backward(dlogits).items():
-            d = d if quiet is None else d + share * (c * put_back[name])
-            grads[name] = grads[name] + d if name in grads else d
-    return loss, grads, best
+    return h @ w, backward
 
 
 def natural_scale(k, p, m):
-    """The entry size (rms) at which m ideal neurons of equal norm have margin 10 on every input,
-    gamma* m norm^(k+1) (Theorem 4.1); a neuron has (k+1) p entries."""
+    """The root mean square of the entries at which m ideal neurons of equal norm have margin 10 on
+    every input, gamma* m norm^(k+1) (Theorem 4.1); a neuron has (k+1) p entries."""
     return (10 / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
 
 
-def mlp_settings(k=3, p=23, m=None, activation="power", **given):
-    """The settings of the MLP, a dict: one rule for all k and p, in units of natural_scale.
-    1. Up to the share equal of the steps all vectors of all neurons have mean 0 and one size, which
-       grows (timetable), without penalty and decay: none can win by size, so each has time to
-       settle on one frequency.
-    2. Then all is free: penalty sum_i ||theta_i||^(k+1), decay times 1 - loss/log p, lr going to 0.
-    max_margin: phase 2 only, on all of D_p, without decay: as the penalty tends to 0 the optimum's
-    normalized margin tends to gamma* (Lemma 3.7); here it is small and fixed."""
-    check_size(k, p)
-    m = 2 ** (2*k - 2) * (p - 1) if m is None else m
+def fast_settings(**given):
+    """The settings of --fast, a dict: one rule for all k and p, in units of natural_scale.
+
+    Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
+    which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
+    has the time to settle on one frequency. Then all is free: a penalty sum_i ||theta_i||^(k+1), a
+    weight decay that sets in as the loss falls (gate), a learning rate that goes to 0."""
+    rule = mlp_settings(**given)
+    k, p, m = rule["k"], rule["p"], rule["m"]
     check_size(k, p, m)
-    scale, gamma, nu = natural_scale(k, p, m), max_margin(k, p), degree(k, activation)
+    scale, equal = natural_scale(k, p, m), given.get("equal", 0.6)
     # At Gaussian weights the mean square of z^k is (2k-1)!! (k std^2)^k; logits start with rms 0.1.
-    start = (0.1 / math.sqrt(m * math.prod(range(1, 2*k, 2)) * k**k)) ** (1 / (k + 1))
-    rule = {"k": k, "p": p, "m": m, "activation": activation, "max_margin": False, "equal": 0.6,
-            "train_fraction": 0.5, "steps": round(350 + k * p ** (k / 2) / 10), "batch": 1024,
-            "init_std": start, "control_variate": "on", "lr": 0.3 / k * scale, "betas": [0.9, 0.98],
-            "weight_decay": 1.2 / (scale * nu), "penalty": 0.05 * gamma, "penalty_power": nu}
-    if activation == "relu":
-        rule |= {"steps": 1500, "init_std": 0.2 * scale, "equal": 0, "control_variate": "off",
-                 "lr": 0.05 * scale, "weight_decay": 1.4 / (scale * nu), "penalty": 0}
-    if given.get("max_margin"):
-        rule |= {"train_fraction": 1, "steps": 500 * k, "batch": 2**30, "init_std": 0.03 * scale,
-                 "equal": 0, "control_variate": "off", "lr": 0.06 * scale, "betas": [0.95, 0.98],
-                 "weight_decay": 0, "penalty": 0.1 * gamma}
-    return rule
+    start = (0.1 / math.sqrt(m * math.prod(range(1, 2 * k, 2)) * k**k)) ** (1 / (k + 1))
+    return rule | {"control_variate": "on", "equal": equal, "hold": equal,
+                   "steps": round(350 + k * p ** (k / 2) / 10), "init_std": start,
+                   "lr": 0.3 / k * scale, "weight_decay": 1.2 / (scale * (k + 1)),
+                   "eps": 1e-20,  # at k >= 4 the gradients of small weights are far below 1e-8
+                   "penalty": 0.05 * max_margin(k, p), "penalty_power": k + 1}
 
 
-def timetable(config, step):
-    """-> lr of this step, rms: the size to give all vectors after it (None: they are free).
-    While the size is given it grows, slowly at first, from init_std to where the ideal network has
-    margin 10, and lr is in units of it. Then lr goes to 0."""
-    done, equal = step / config["steps"], config.get("equal", 0)
-    lr = config["lr"] * min(1, (step + 1) / 10)  # ten steps to warm up
-    if done >= equal:
-        held = config.get("hold", equal)
-        return lr * min(1, (1 - done) / (1 - held)), None
+def max_margin_settings(**given):
+    """The settings of --max-margin, a dict: all of D_p at each step, a small start, no decay.
+
+    As the strength of the penalty tends to 0, the normalized margin of the optimum tends to gamma*
+    (Lemma 3.7); here it is small and fixed."""
+    rule = mlp_settings(**given)
+    k, p, m = rule["k"], rule["p"], rule["m"]
+    check_size(k, p, m)
+    scale = natural_scale(k, p, m)
+    return rule | {"train_fraction": 1, "batch": 2**30, "steps": 500 * k, "init_std": 0.03 * scale,
+                   "lr": 0.06 * scale, "hold": 0, "betas": [0.95, 0.98], "weight_decay": 0,
+                   "eps": 1e-20,  # as in fast_settings
+                   "penalty": 0.1 * max_margin(k, p), "penalty_power": k + 1}
+
+
+def held_rms(config, step):
+    """The root mean square that all vectors are held at after this step; None: they are free.
+
+    It grows from init_std to natural_scale, where the ideal network has margin 10, at first slowly:
+    in logarithms with the square of the time."""
+    equal = config.get("equal", 0)
+    if step >= equal * config["steps"]:
+        return None
+    grown = (step / config["steps"] / equal) ** 2
     full = natural_scale(config["k"], config["p"], config["m"])
-    grown = (done / equal) ** 2
-    rms = config["init_std"] ** (1 - grown) * full**grown
-    return lr * rms / full, rms
+    return config["init_std"] ** (1 - grown) * full**grown
 
 
 def standardize(params, rms):
@@ -643,42 +740,49 @@ def standardize(params, rms):
         x *= rms / xp.sqrt((x * x).mean(axis=1, keepdims=True))
 
 
-def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-30):
-    """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
-    first, second: means of the gradient and of its square, running at betas; step counts from 1.
-    eps is tiny as a small network's gradients are below 1e-8. Biases, of one axis, do not decay."""
-    beta1, beta2 = betas
-    root = math.sqrt(1 - beta2**step)  # the bias corrections, taken out of the arrays
-    size = lr * root / (1 - beta1**step)
-    for name in params:
-        x, g, mean, square = (group[name].reshape(-1) for group in (params, grads, first, second))
-        kept = 1 - lr * weight_decay if params[name].ndim > 1 else 1
-        for part in slices(len(x), 2 * x.itemsize):
-            mean[part] += (1 - beta1) * (g[part] - mean[part])
-            square[part] += (1 - beta2) * (g[part] * g[part] - square[part])
-            x[part] *= kept
-            x[part] -= size * mean[part] / (xp.sqrt(square[part]) + eps * root)
+def gate(loss, p):
+    """1 - loss / log p: 0 for a network that guesses, 1 for one that knows. Decay times the gate
+    cannot end the learning before it has begun."""
+    return (1 - loss / math.log(p)).clip(0)
+
+
+def fast_step(run):
+    """train_step for --fast and --max-margin: control variate, held sizes, penalty, gated decay."""
+    config, params, p = run.config, run.params, run.config["p"]
+    a = next_batch(run)
+    if config.get("control_variate") == "on":
+        network_pieces = ((piece, *mlp_with_control_variate(params, piece, run.coefficient, len(a)))
+                          for piece in pieces(a, PIECE))
+    else:
+        network_pieces = mlp_pieces(params, a)
+    loss, grads, doubt = loss_and_gradients(network_pieces, len(a))
+    # By least squares -coefficient (onehot - 1/p) comes closest to softmax - onehot at p/(p-1)
+    # times the mean of 1 - softmax[y]: 1 for a network that guesses, 0 for one that knows. It is
+    # for the next batch: a coefficient that depends on the batch that it serves could add a bias.
+    run.coefficient = (p / (p - 1) * doubt).clip(0, 1)
+    rms, lr, decay = held_rms(config, run.step), learning_rate(config, run.step), 0
+    if rms is not None:  # the learning rate is in units of the size
+        lr *= rms / natural_scale(config["k"], p, config["m"])
+    else:
+        pull = penalty(params, config["penalty"], config["k"] + 1, config["penalty_power"])[1]
+        grads = {name: d + pull[name] for name, d in grads.items()}
+        decay = config["weight_decay"] * gate(loss, p)
+    update(run, grads, lr, decay)
+    if rms is not None:
+        standardize(params, rms)
+
 
 # ---- One layer of attention alone, without positions (Figures 3, 9, 10) --------------------------
 # The last number is the query.
 #     E [p, d]             token embedding          W_Q, W_K, W_V [d, H, e]   H heads of width e
 #     b [H]                own score's bias         W_P [H, e, p]             projection to logits
 
-
 HEADS = "W_Q", "W_K", "W_V", "W_P"
 
 
-def orbits(k, p):  # -> int [p^k], on the host
-    """For each input the number of its orbit's first member, a_1 <= .. <= a_{k-1}. To attention
-    without positions an input with a permuted copy in training is no test; see split."""
-    a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
-    a[:, :-1].sort(axis=1)
-    return a @ p ** np.arange(k - 1, -1, -1)
-
-
 def collisions(k, p):  # -> bool [p^k], on the host
-    """Inputs with two equal numbers among a_1 .. a_{k-1} (see attention)."""
-    ordered = np.stack(np.unravel_index(orbits(k, p), (p,) * k))[:-1]
+    """The inputs with two equal numbers among a_1 .. a_{k-1} (see attention)."""
+    ordered = np.stack(np.unravel_index(orbits(k, p, k - 1), (p,) * k))[:-1]
     return (np.diff(ordered, axis=0) == 0).any(axis=0)
 
 
@@ -696,8 +800,9 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
         S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e),     OV_h[a] = (x W_V^h W_P^h)_a
 
     For x = E, the tokens, S is the attention matrix E^T W^{KQ} E of the paper's figures, rows and
-    columns exchanged, over sqrt(e). Both are computed once per token, however often a batch has it.
-    weights: W_Q, W_K, W_V, W_P. -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
+    columns exchanged, over sqrt(e). Both are computed once for each token, however often a batch
+    has it. weights: W_Q, W_K, W_V, W_P.
+    -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
     *read, write = weights
     scale = 1 / math.sqrt(write.shape[1])
     query, key, value = (xp.tensordot(x, w, 1).transpose(1, 0, 2) for w in read)  # [H, v, e]
@@ -718,66 +823,74 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
             dx = dx + dy @ w.reshape(x.shape[1], -1).T
             dread.append((x.T @ dy).reshape(w.shape))
         return dx, [*dread, dwrite]
+
     return s, ov, backward
 
 
 def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [n, c]
-    """Each input's query attends to its j keys, by the tables of circuits.
+    """The query of each input attends to its j keys, by the tables of circuits.
 
         A_hj = softmax over j of S_h[query, key_j] + b_h [j last],  y = sum_h sum_j A_hj OV_h[key_j]
 
-    The n j pairs (input, place) are sorted by key: those of one token make a small product. query
-    counts rows of S_h, key its columns and OV_h's rows. -> y, backward(dy) -> dS, dOV, db."""
+    query counts rows of S_h; key its columns, and rows of OV_h. The pairs (input, place) that have
+    one token make a small product; a dense product with one-hot rows takes several times as long.
+    -> y, backward(dy) -> dS, dOV, db."""
     n, j = key.shape
-    heads, v, c = ov.shape
-    queries = s.shape[1]
-    token, asks = key.T.reshape(-1), xp.tile(query, j)  # [j n], place by place
-    order = xp.argsort(token)
-    back = xp.argsort(order)
-    ends = np.cumsum(to_host(xp.bincount(token, minlength=v))).tolist()
-    pairs = [slice(start, end) for start, end in zip([0, *ends], ends)]  # of each token, sorted
-    write = xp.ascontiguousarray(ov.transpose(1, 0, 2))  # [v, H, c]
-    table = s.transpose(2, 1, 0).reshape(v * queries, heads)
-    score = table[token * queries + asks].reshape(j, n, heads)
-    score[-1] += b
-    A = xp.exp(score - score.max(axis=0))
-    A /= A.sum(axis=0)
-    weight = A.reshape(j * n, heads)[order]
-    y = xp.empty((j * n, c), s.dtype)
+    token = key.reshape(-1)
+    pairs = [xp.flatnonzero(token == t) for t in range(s.shape[2])]  # those that have token t
+    score = s.transpose(1, 2, 0)[query[:, None], key]  # [n, j, H]
+    score[:, -1] += b
+    A = xp.exp(score - score.max(axis=1, keepdims=True))
+    A /= A.sum(axis=1, keepdims=True)
+    weight = A.reshape(n * j, -1)
+    y = xp.empty((n * j, ov.shape[2]), s.dtype)
     for t, pair in enumerate(pairs):
-        xp.matmul(weight[pair], write[t], out=y[pair])
+        y[pair] = weight[pair] @ ov[:, t]
 
     def backward(dy):
-        # y[pair] = weight[pair] write[t]; y = the sum of an input's places
-        dy = dy[order % n]  # [j n, c], sorted
-        dweight, dwrite = xp.empty_like(weight), xp.empty_like(write)
+        # y[pair] = weight[pair] ov[t], summed over the places of an input
+        dweight, dov = xp.empty_like(weight), xp.empty_like(ov)
         for t, pair in enumerate(pairs):
-            xp.matmul(weight[pair].T, dy[pair], out=dwrite[t])
-            xp.matmul(dy[pair], write[t].T, out=dweight[pair])
-        # weight = A, sorted; A = softmax(score)
-        dA = dweight[back].reshape(j, n, heads)
-        dscore = A * (dA - (A * dA).sum(axis=0))
-        # score[-1] += b
-        db = dscore[-1].sum(axis=0)
-        # score = table[token, asks]: one-hot products add up what each query gave to each key
-        dscore = dscore.reshape(j * n, heads)[order]
-        onehot = xp.eye(queries, dtype=s.dtype)[asks[order]]
-        dtable = xp.empty((v, queries, heads), s.dtype)
+            d = dy[pair // j]
+            dweight[pair] = d @ ov[:, t].T
+            dov[:, t] = weight[pair].T @ d
+        # A = softmax(score)
+        dA = dweight.reshape(n, j, -1)
+        dscore = A * (dA - (A * dA).sum(axis=1, keepdims=True))
+        # score[:, -1] += b
+        db = dscore[:, -1].sum(axis=0)
+        # score = s[query, key]
+        dscore, ds = dscore.reshape(n * j, -1), xp.empty_like(s)
+        onehot = xp.eye(s.shape[1], dtype=s.dtype)[query]
         for t, pair in enumerate(pairs):
-            xp.matmul(onehot[pair].T, dscore[pair], out=dtable[t])
-        return dtable.transpose(2, 1, 0), dwrite.transpose(1, 0, 2), db
-    return y[back].reshape(j, n, c).sum(axis=0), backward
+            ds[:, :, t] = dscore[pair].T @ onehot[pair // j]
+        return ds, dov, db
+
+    return y.reshape(n, j, -1).sum(axis=1), backward
 
 
 def attention(params, a):  # [n, k] -> [n, p]
     """logits[c] = sum_h sum_j A_hj OV_h[a_j, c], softmax over the k numbers, queried by the last.
 
     b_h, the bias of the query's own score, is ours. -> logits, backward(dlogits) -> a dict like
-    params. Attention can add only thanks to the softmax's denominator: without it the logits of a
-    query would be sums of one term per number. For small scores, b = 0 and one head,
-    A_j = 1/k (1 + s_j - 1/k (s_1 + .. + s_k) + ..), and the answer is made by the products of one
-    number's score and another's OV, of sign -. At a collision, a_i = a_j among a_1 .. a_{k-1},
-    s_j OV[a_j] gives the same with the sign +: it needs other heads, and is counted apart."""
+    params.
+
+    How can it add? Without the softmax's denominator the logits of a query would be a sum of one
+    term for each number. Take k = 3, numbers a_1, a_2 and the query q, one head, b = 0, and small
+    scores s_j = S[q, a_j], s_3 = S[q, q]. To first order A_j = (1 + s_j - (s_1 + s_2 + s_3)/3) / 3,
+    so that
+
+        9 logits = 3 (OV[a_1] + OV[a_2] + OV[q])
+                   + 2 s_1 OV[a_1] + 2 s_2 OV[a_2] + 2 s_3 OV[q]
+                   - s_1 OV[a_2] - s_2 OV[a_1] - s_3 (OV[a_1] + OV[a_2]) - (s_1 + s_2) OV[q].
+
+    The terms s_1 OV[a_2] and s_2 OV[a_1] know all three numbers: with S[q, a] = cos(x_q + x_a) and
+    OV[a, c] = cos(x_a - y), x_a = 2 pi zeta a/p and y = 2 pi zeta c/p, half of each is
+    cos(x_1 + x_2 + x_q - y), and training gives it the sign that makes the sum right. For k >= 4
+    terms of higher order in the scores are needed, s_1 s_2 OV[a_3] at k = 4.
+
+    At a collision, a_1 = a_2, the terms 2 s_1 OV[a_1] are alike and of the other sign, and outweigh
+    these: the answer needs other heads. So collisions are counted apart."""
     s, ov, circuits_backward = circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1])
 
@@ -785,7 +898,29 @@ def attention(params, a):  # [n, k] -> [n, p]
         ds, dov, db = attend_backward(dlogits)
         de, dweights = circuits_backward(ds, dov)
         return {"E": de, **dict(zip(HEADS, dweights)), "b": db}
+
     return logits, backward
+
+
+def attention_settings(k=3, p=31, **_):
+    """The settings of one layer of attention, a dict.
+
+    The smaller k, the smaller a start its collisions need to generalize. In the second half of the
+    steps the decay is times final_decay, as decay unlearns collisions: the more collisions there
+    are, the less is left of it."""
+    distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
+    return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
+            "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
+            "init_std": 0.3 ** (max(0, 5 - k) / 2), "betas": [0.9, 0.98], "eps": 1e-8,
+            "weight_decay": 4, "final_decay": max(0, 1 - 1.5 * math.sqrt(1 - distinct))}
+
+
+def attention_decay(config, step, loss):
+    """The weight decay of a step: gated, as decay from the first step on ends the learning at
+    k >= 4 before it begins; and times final_decay once the learning rate falls."""
+    final = step >= config["hold"] * config["steps"]
+    decay = config["weight_decay"] * gate(loss, config["p"])
+    return decay * config["final_decay"] if final else decay
 
 
 def head_tables(params):
@@ -843,9 +978,9 @@ def ablate_heads(params, keep=2):
     return [lambda a, table=table: attend(table, ov, params["b"], a, a[:, -1])[0]
             for table in tables]
 
-# ---- Transformers of several layers (Figure 4), after Power et al. 2022 --------------------------
+# ---- Transformers of whole blocks (Figure 4), after Power et al. 2022 ----------------------------
 # Blocks, with a causal mask: x += attention(layernorm(x)), x += relu(layernorm(x) W_1) W_2.
-#     E [p, d]   token embedding                     W_Q, W_K, W_V [d, H, e]   of layer 1: "W_Q 1"
+#     E [p, d]   token embedding                     W_Q, W_K, W_V [d, H, e]   of block 1: "W_Q 1"
 #     P [k, d]   position embedding                  W_O [H, e, d]
 #     W_U [d, p] logits at the last position         W_1 [d, f], W_2 [f, d]
 
@@ -861,53 +996,64 @@ def init_transformer(rng, k, p, layers, heads, d_head, d_model, d_ff, init_std, 
     block = [*[(read, std)] * 3, (write, init_std / math.sqrt(heads * d_head)),
              ((d, d_ff), std), ((d_ff, d), init_std / math.sqrt(d_ff))]
     weights = {"E": ((p, d), std), "P": ((k, d), std)}
-    for l in range(1, layers + 1):
-        weights |= {f"{name} {l}": size for name, size in zip(ATTENTION + FORWARD, block)}
+    for i in range(1, layers + 1):
+        weights |= {f"{name} {i}": size for name, size in zip(ATTENTION + FORWARD, block)}
     return gaussian(weights | {"W_U": ((d, p), std)}, rng, dtype)
 
 
 def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     """Mean 0 and variance 1, without gain or bias: the weights that read it can hold a gain."""
-    mean = lambda x: x.mean(axis=-1, keepdims=True)
+    def mean(x):
+        return x.mean(axis=-1, keepdims=True)
+
     centred = x - mean(x)
-    r = 1 / xp.sqrt(mean(centred * centred) + eps)
-    z = centred * r
+    scale = 1 / xp.sqrt(mean(centred * centred) + eps)
+    z = centred * scale
 
     def backward(dz):
-        return r * (dz - mean(dz) - z * mean(z * dz))  # z = centred r; r falls as x spreads
+        return scale * (dz - mean(dz) - z * mean(z * dz))  # scale falls as x spreads
+
     return z, backward
 
 
-def first_attention(table, weights, a, p):  # [k p, d], .., [n, k] -> [n, k, d]
-    """x + attention(layernorm(x)) in layer 1, by tables, for speed: it sees but k p vectors. Row
-    j p + t of the table is token t at j, which asks about 0 .. j. backward -> dtable, dweights."""
+def first_attention(table, weights, a, p, last):  # [k p, d], .., [n, k] -> [n, k or 1, d]
+    """x + attention(layernorm(x)) in the first block, by tables: there are only k p vectors x.
+
+    Row j p + t of the table is token t at position j, a query for the positions 0 .. j. last: only
+    the last position is a query. For speed: without tables a step of the published size takes 1.1
+    to 2.2 times as long. -> x + .., backward(dx) -> dtable, dweights."""
     n, k = a.shape
     z, norm_backward = layernorm(table)
     s, ov, circuits_backward = circuits(z, weights)
     position = xp.arange(k * p) // p
     later = position[:, None] < position  # [query, key]
-    row = a + p * xp.arange(k)  # [n, k], of the table
+    key = a + p * xp.arange(k)  # [n, k], rows of the table
+    query = key[:, -1:] if last else key
+    each = query.shape[1]
+    query = query.reshape(-1)
     y, attend_backward = attend(xp.where(later, -xp.inf, s), ov, xp.zeros(len(s), s.dtype),
-                                row.repeat(k, axis=0), row.reshape(-1))
+                                key.repeat(each, axis=0), query)
 
     def backward(dx):
-        dx = dx.reshape(n * k, -1)
+        dx = dx.reshape(n * each, -1)
         ds, dov, _ = attend_backward(dx)
         dz, dweights = circuits_backward(ds, dov)
-        # x = table[row] + ..
-        onehot = xp.eye(k * p, dtype=table.dtype)[row.reshape(-1)]
+        # x = table[query] + ..
+        onehot = xp.eye(k * p, dtype=table.dtype)[query]
         return norm_backward(dz) + onehot.T @ dx, dweights
-    return table[row] + y.reshape(n, k, -1), backward
+
+    return (table[query] + y).reshape(n, each, -1), backward
 
 
 def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [n, 1, d] if last
-    """Causal attention past layer 1, where states differ from input to input and tables are no use.
-    last: only the last position asks. -> y, backward(dy) -> dx, [dW_Q, dW_K, dW_V, dW_O].
+    """Causal attention past the first block, where states differ from input to input.
 
-        A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),  y_i = sum_h sum_j A_hij v_hj W_O^h"""
+        A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),  y_i = sum_h sum_j A_hij v_hj W_O^h
+
+    last: only the last position is a query. -> y, backward(dy) -> dx, [dW_Q, dW_K, dW_V, dW_O]."""
     k, scale = x.shape[1], 1 / math.sqrt(w_o.shape[1])
-    asks = x[:, -1:] if last else x  # [n, i, d]
-    q, key, v = xp.tensordot(asks, w_q, 1), xp.tensordot(x, w_k, 1), xp.tensordot(x, w_v, 1)
+    source = x[:, -1:] if last else x  # [n, i, d]
+    q, key, v = xp.tensordot(source, w_q, 1), xp.tensordot(x, w_k, 1), xp.tensordot(x, w_v, 1)
     score = scale * xp.einsum("nihe,njhe->nijh", q, key)
     if not last:
         position = xp.arange(k)
@@ -930,9 +1076,9 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
         # score = scale q . key
         dq = scale * xp.einsum("nijh,njhe->nihe", dscore, key)
         dkey = scale * xp.einsum("nijh,nihe->njhe", dscore, q)
-        # q, key, v = asks w_q, x w_k, x w_v
+        # q, key, v = source w_q, x w_k, x w_v
         dx, dweights = xp.zeros_like(x), []
-        for seen, w, dz in ((asks, w_q, dq), (x, w_k, dkey), (x, w_v, dv)):
+        for seen, w, dz in ((source, w_q, dq), (x, w_k, dkey), (x, w_v, dv)):
             dweights.append(xp.tensordot(seen, dz, ([0, 1], [0, 1])))
             dx[:, k - seen.shape[1]:] += xp.tensordot(dz, w, ([2, 3], [1, 2]))
         return dx, [*dweights, dw_o]
@@ -966,18 +1112,18 @@ def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the 
 
 
 def transformer(params, a):  # [n, k] -> [n, p]
-    """The network, of 2 layers or more, on inputs a -> logits, backward(dlogits) -> dparams."""
+    """The network, of one block or more, on inputs a -> logits, backward(dlogits) -> dparams."""
     embedding, place, project = params["E"], params["P"], params["W_U"]
     (p, d), k, layers = embedding.shape, len(place), (len(params) - 3) // len(ATTENTION + FORWARD)
     table = (place[:, None] + embedding).reshape(k * p, d)
     tape = []
-    for l in range(1, layers + 1):
-        read, think = ([f"{name} {l}" for name in part] for part in (ATTENTION, FORWARD))
-        weights = [params[name] for name in read]
-        if l == 1:
-            x, backward = first_attention(table, weights, a, p)
-        else:  # the last layer asks only at the last position
-            x, backward = residual(x, lambda z: self_attention(z, *weights, l == layers))
+    for i in range(1, layers + 1):
+        read, think = ([f"{name} {i}" for name in part] for part in (ATTENTION, FORWARD))
+        weights, last = [params[name] for name in read], i == layers
+        if i == 1:
+            x, backward = first_attention(table, weights, a, p, last)
+        else:
+            x, backward = residual(x, lambda z: self_attention(z, *weights, last))
         tape.append((read, backward))
         x, backward = residual(x, lambda z: feed_forward(z, *(params[name] for name in think)))
         tape.append((think, backward))
@@ -993,24 +1139,25 @@ def transformer(params, a):  # [n, k] -> [n, p]
         # table = place + embedding
         dtable = dx.reshape(k, p, d)
         return grads | {"E": dtable.sum(axis=0), "P": dtable.sum(axis=1)}
+
     return z @ project, backward
 
 
-def transformer_settings(k=3, p=31, layers=1, **_):
-    """The settings of transformers, a dict. Up to the share hold of the steps lr is held; then it
-    goes to 0. One layer: the smaller k, the smaller a start its collisions need to generalize; late
-    decay is times late_decay. Several layers: our Figure 4's light model; its long momentum and the
-    gradient, clipped to norm clip, keep accuracy from falling after 99% at k = 2 and 3."""
-    check_size(k, p)
-    rule = {"k": k, "p": p, "layers": layers, "train_fraction": 0.5, "hold": 0.5}
-    if layers != 1:
-        return rule | {"heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256, "steps": 2500,
-                       "batch": 512, "init_std": 0.5, "lr": 1e-3, "betas": [0.98, 0.98],
-                       "weight_decay": 3, "clip": 0.3}
-    distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
-    return rule | {"heads": 160, "d_head": 4, "d_model": 128, "batch": 1024, "weight_decay": 4,
-                   "steps": 3000 * (k - 1), "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3,
-                   "betas": [0.9, 0.98], "late_decay": max(0, 1 - 1.5 * math.sqrt(1 - distinct))}
+def transformer_settings(k=2, p=97, layers=2, **_):
+    """The settings of a transformer, a dict: our Figure 4's light model, by textbook AdamW.
+
+    A long momentum, and the gradient clipped to norm clip, keep accuracy from falling after it has
+    reached 99% at k = 2 and 3. The paper's betas, without clipping, are those of --figure 4."""
+    return {"k": k, "p": p, "layers": layers, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256,
+            "split": "random", "train_fraction": 0.5, "steps": 2500, "batch": 512, "lr": 1e-3,
+            "hold": 0.5, "init_std": 0.5, "betas": [0.98, 0.98], "eps": 1e-8, "weight_decay": 1,
+            "clip": 0.3}
+
+
+def clipped(grads, most):
+    """The gradients, scaled down to this norm of all together if it is larger."""
+    total = xp.sqrt(sum((d * d).sum() for d in grads.values())) + TINY
+    return {name: d * (most / total).clip(None, 1) for name, d in grads.items()}
 
 
 def embedding_spectra(params):
@@ -1021,30 +1168,86 @@ def embedding_spectra(params):
     top = np.sort(shares)[-math.ceil(len(shares) / 10):]
     return {"shares": shares, "summary": {"embedding_share": float(top.sum())}}
 
+
 # ---- Runs: settings, one step, progress, and one .npz file each ----------------------------------
 
-
-FORMAT = "fourier-circuits run, format 4"
+FORMAT = "fourier-circuits run, format 5"
 GROUPS = "params", "first", "second"
+
+MODELS = {  # settings, first weights, network, what is measured of the weights
+    "mlp": (mlp_settings, init_mlp, mlp, neuron_spectra),
+    "attention": (attention_settings, init_attention, attention, head_spectra),
+    "transformer": (transformer_settings, init_transformer, transformer, embedding_spectra)}
+
+CHOICES = {"model": tuple(MODELS), "activation": ("power", "relu"), "fast": (False, True),
+           "max_margin": (False, True), "control_variate": ("on", "off"),
+           "split": ("random", "orbits"), "dtype": ("float32", "float64")}
+
+NUMBERS = {  # the kind of number, the smallest, the largest
+    "k": (int, 2, 200), "p": (int, 2, 10**9), "seed": (int, 0, 2**63),
+    "train_fraction": (float, 0, 1), "steps": (int, 1, 10**9), "batch": (int, 1, 2**30),
+    "lr": (float, 0, 1e3), "weight_decay": (float, 0, 1e6), "eps": (float, 0, 1),
+    "init_std": (float, 1e-9, 1e6), "hold": (float, 0, 0.99), "m": (int, 1, 10**9),
+    "equal": (float, 0, 0.99), "penalty": (float, 0, 1e6), "penalty_power": (float, 1, 16),
+    "layers": (int, 1, 100), "heads": (int, 1, 10**6), "d_head": (int, 1, 10**6),
+    "d_model": (int, 1, 10**6), "d_ff": (int, 1, 10**6), "final_decay": (float, 0, 1),
+    "clip": (float, 1e-9, 1e9)}
+
+
+def checked(name, value):
+    """The value of a setting. Raises BadInput if there is no such setting or no such value."""
+    flag = name.replace("_", "-")
+    if name in CHOICES:
+        if not any(type(value) is type(x) and value == x for x in CHOICES[name]):
+            raise BadInput(f"{flag} must be one of {', '.join(map(str, CHOICES[name]))}, "
+                           f"not {value!r}")
+        return value
+    if name == "betas":
+        if not (isinstance(value, (list, tuple)) and len(value) == 2
+                and all(isinstance(x, numbers.Real) and 0 <= x < 1 for x in value)):
+            raise BadInput(f"betas must be two numbers from 0 to below 1, not {value!r}")
+        return [float(x) for x in value]
+    if name not in NUMBERS:
+        raise BadInput(f"there is no setting {flag}")
+    kind, low, high = NUMBERS[name]
+    number = numbers.Integral if kind is int else numbers.Real
+    if not isinstance(value, number) or isinstance(value, bool) or not low <= value <= high:
+        raise BadInput(f"{flag} must be a{' whole' if kind is int else ''} number from {low:g} to "
+                       f"{high:g}, not {value!r}")
+    return kind(value)
 
 
 def complete(given):
-    """All settings of a run: those given, the others by its model's rule. Raises BadInput for a
-    setting that does not apply to the model or to the others, and for sizes that do not fit."""
+    """All settings of a run, a dict: those given, the others by the rule of its model.
+
+    complete({"k": 3, "p": 23, "fast": True}) is train.py --k 3 --p 23 --fast. Raises BadInput for a
+    setting out of range, or one that does not apply to the model or to the others, and for sizes
+    that do not fit in memory."""
+    given = {name: checked(name, value) for name, value in given.items()}
     model = given.get("model", "mlp")
-    settings = {"mlp": mlp_settings, "transformer": transformer_settings}[model]
-    rule = settings(**given) | {"model": model, "seed": 0, "dtype": "float32"}
+    fast, largest = given.get("fast"), given.get("max_margin")
+    if fast and largest:
+        raise BadInput("fast and max-margin are two rules of training; choose one of them")
+    rule = MODELS[model][0]
+    if model == "mlp" and (fast or largest):
+        if given.get("activation") == "relu":
+            raise BadInput("fast and max-margin are for the power activation, whose gamma* is "
+                           "known; leave them out to train ReLU")
+        rule = fast_settings if fast else max_margin_settings
+    check_size(given.get("k", 2), given.get("p", 2))
+    config = {"model": model, **rule(**given), "seed": 0, "dtype": "float32"}
     for name in given:
-        if name not in rule:
-            raise BadInput(f"{name.replace('_', '-')} does not apply to this --model and --layers "
-                           f"({model}, {rule.get('layers', '-')}); leave it out")
-    config = rule | given
-    if config.get("activation") == "relu" and (config["max_margin"]
-                                               or config["control_variate"] == "on"):
-        raise BadInput("max-margin and control-variate are for the power activation, the one with "
-                       "a known gamma* and product term; leave them out")
-    if model == "transformer":
-        k, p, layers, heads, e, d, f = (config.get(x, 0) for x in (
+        if name not in config:
+            means = " --fast or --max-margin" if name.startswith("penalty") else " --fast" * (
+                name in ("equal", "control_variate"))
+            raise BadInput(f"{name.replace('_', '-')} does not apply to this {model}"
+                           + (f", only to one with{means}" if means else "; leave it out"))
+    config |= given
+    check_size(config["k"], config["p"], config.get("m", 1))
+    if model == "attention" and config["split"] != "orbits":
+        raise BadInput("attention cannot see the order of its inputs: its split is always orbits")
+    if model != "mlp":
+        k, p, layers, heads, e, d, f = (config.get(x, 1) for x in (
             "k", "p", "layers", "heads", "d_head", "d_model", "d_ff"))
         if 16 * (layers * d * f + heads * (e + k * p) * (layers * d + k * p)) > MAX_BYTES:
             raise BadInput("too large: weights and attention matrices of all heads exceed "
@@ -1052,23 +1255,20 @@ def complete(given):
     return config
 
 
-def model_of(config):
-    """What tells the models apart: functions for the first weights, the network, its spectra."""
-    models = ((init_mlp, mlp, neuron_spectra), (init_attention, attention, head_spectra),
-              (init_transformer, transformer, embedding_spectra))
-    return models[min(config.get("layers", 0), 2)]  # an MLP has no layers
-
-
 def network_pieces(config, params, a=None):
-    """mlp_pieces for every model: the network on inputs a, or (None) on all of D_p in order."""
+    """The network on inputs a [n, k], or on all of D_p in order (None), in pieces.
+
+    Yields (inputs, logits, backward) of each piece."""
     if config["model"] == "mlp":
-        return mlp_pieces(params, a, config["activation"])
-    a = all_inputs(config["k"], config["p"]) if a is None else a
-    _, network, _ = model_of(config)
-    return ((a[rows], *network(params, a[rows])) for rows in slices(len(a), 1, most=1024))
+        yield from mlp_pieces(params, a, config["activation"])
+    else:
+        network = MODELS[config["model"]][2]
+        a = all_inputs(config["k"], config["p"]) if a is None else a
+        for piece in pieces(a, 8 * PIECE):
+            yield piece, *network(params, piece)
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A training run: all that its file holds, and so all that its next step depends on."""
     config: dict
@@ -1076,70 +1276,48 @@ class Run:
     first: dict  # AdamW's moments
     second: dict
     train: np.ndarray  # bool [p^k], see split
-    c: float = 1.0  # of the control variate, for the next batch; see loss_and_gradients
+    coefficient: float = 1.0  # of the control variate, for the next batch
     step: int = 0
     seconds: float = 0.0
     history: list = field(default_factory=list)  # one dict per line of progress
 
     def __post_init__(self):
         train, k, p = self.train, self.config["k"], self.config["p"]
-        if self.config.get("layers") == 1:  # one input per orbit
-            train = train & (orbits(k, p) == np.arange(p**k))
-        self.index = np.flatnonzero(train)  # numbers of the inputs to train on, see digits
-
-
-def sample_inputs(index, k, p, rng, most=2**17):
-    """The inputs [n, k] of these numbers (see digits); of more than `most`, `most` random draws."""
-    if len(index) > most:
-        index = index[rng.integers(0, len(index), most)]
-    return digits(xp.asarray(index), k, p)
-
-
-def stream(config, *use):
-    """Random numbers apart for each use: 0 split, 1 weights, (2, step) a batch, 3 progress."""
-    return np.random.default_rng([config["seed"], *use])
+        if self.config["model"] == "attention":  # one input of each orbit
+            train = train & (orbits(k, p, k - 1) == np.arange(p**k))
+        self.index = np.flatnonzero(train)  # the numbers of the inputs to train on, see digits
 
 
 def new_run(config):
     """A run at step 0."""
-    orbit = orbits(config["k"], config["p"]) if config.get("layers") == 1 else None
-    train = split(config["k"], config["p"], config["train_fraction"], stream(config, 0), orbit)
-    params = model_of(config)[0](stream(config, 1), **config)
+    k, p, orbit = config["k"], config["p"], None
+    if config["split"] == "orbits":  # attention's last number, the query, has its own place
+        orbit = orbits(k, p, k - 1 if config["model"] == "attention" else k)
+    train = split(k, p, config["train_fraction"], stream(config, 0), orbit)
+    params = MODELS[config["model"]][1](stream(config, 1), **config)
     moments = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
     return Run(config, params, *moments, train)
 
 
 def train_step(run):
-    """One step on a random batch: its gradient, penalty and decay where sizes are free, AdamW."""
+    """One step: a random batch, the gradient of its cross-entropy, AdamW."""
     config, params = run.config, run.params
-    k, p, n = config["k"], config["p"], min(config["batch"], len(run.index))
-    lr, rms = timetable(config, run.step)
-    a = sample_inputs(run.index, k, p, stream(config, 2, run.step), n) if n < p**k else None
-    quiet = params if config.get("control_variate") == "on" else None
-    loss, grads, c = loss_and_gradients(network_pieces(config, params, a), n, quiet, run.c)
-    if quiet is not None:
-        run.c = c.clip(0, 1)
-    decay = 0
-    if rms is None:
-        if config.get("penalty"):
-            nu = degree(k, config["activation"])
-            pull = penalty(params, config["penalty"], nu, config["penalty_power"])[1]
-            grads = {name: d + pull[name] for name, d in grads.items()}
-        decay = config["weight_decay"] * (1 - loss / math.log(p)).clip(0)  # none before learning
-        if "late_decay" in config and run.step >= config["hold"] * config["steps"]:
-            decay *= config["late_decay"]
+    if config.get("fast") or config.get("max_margin"):
+        return fast_step(run)
+    a = next_batch(run)
+    loss, grads, _ = loss_and_gradients(network_pieces(config, params, a), len(a))
+    decay = config["weight_decay"]
     if "clip" in config:
-        size = xp.sqrt(sum((d * d).sum() for d in grads.values())) + TINY
-        grads = {name: d * (config["clip"] / size).clip(None, 1) for name, d in grads.items()}
-    run.step += 1
-    adamw(params, grads, run.first, run.second, run.step, lr, decay, config["betas"])
-    if rms is not None:
-        standardize(params, rms)
+        grads = clipped(grads, config["clip"])
+    if "final_decay" in config:
+        decay = attention_decay(config, run.step, loss)
+    update(run, grads, learning_rate(config, run.step), decay)
 
 
 def progress(run):
-    """A line of history: cross-entropies and accuracies on up to 4096 fixed inputs of each part;
-    in a max-margin run also the normalized margin over gamma*, on all of D_p."""
+    """A line of history: cross-entropies and accuracies on up to 4096 fixed inputs of each part,
+    and the measures of the weights; in a max-margin run also the normalized margin over gamma*, on
+    all of D_p."""
     config, params = run.config, run.params
     k, p = config["k"], config["p"]
     line, rng = {"step": run.step}, stream(config, 3)
@@ -1147,7 +1325,7 @@ def progress(run):
         a = sample_inputs(np.flatnonzero(part), k, p, rng, 4096)
         seen = evaluate(network_pieces(config, params, a)) if len(a) else {}
         line[f"{name}_loss"], line[f"{name}_accuracy"] = seen.get("loss"), seen.get("accuracy")
-    line |= model_of(config)[2](params)["summary"]
+    line |= MODELS[config["model"]][3](params)["summary"]
     if config.get("max_margin"):
         line["margin_ratio"] = normalized_margin(params) / max_margin(k, p)
     return line
@@ -1160,39 +1338,78 @@ def fingerprint(arrays):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def save_run(path, run):
-    """Write a run to an .npz file, whole or not at all, by path.part. Raises BadInput if not."""
-    meta = {"format": FORMAT, "config": run.config, "step": run.step, "c": float(run.c),
-            "seconds": run.seconds, "history": run.history}
+@contextlib.contextmanager
+def whole_file(path, keep=True):
+    """A new file to write in, which then takes the place of path: whole, or not at all.
+
+    keep=False: it is deleted instead; this shows whether writing would work. Raises BadInput if it
+    does not."""
+    path = os.path.realpath(path)  # a link stays a link
+    part = os.path.join(os.path.dirname(path), f".{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(path).st_mode):  # os.stat refuses a name that is too long
+                raise IsADirectoryError(0, "it is a directory")
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep:
+            os.replace(part, path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+def save_run(path, run, keep=True):
+    """Write a run to an .npz file, whole or not at all. keep=False: only try whether it would work.
+
+    Raises BadInput if it does not, or if the file holds another run, or more of this one."""
+    if keep and os.path.lexists(path):
+        config, step = run_in(path)
+        if config != run.config or step > run.step:
+            raise BadInput(f"{path} holds another run or more of this one, up to step {step}; it "
+                           "is left alone; choose another --out")
+    meta = {"format": FORMAT, "config": run.config, "step": run.step, "seconds": run.seconds,
+            "coefficient": float(run.coefficient), "history": run.history}
     arrays = {f"{group} {name}": to_host(x) for group in GROUPS
               for name, x in getattr(run, group).items()}
     arrays |= {"train": run.train, "meta": np.array(json.dumps(meta))}
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, **arrays, fingerprint=fingerprint(arrays))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise BadInput(f"cannot write {path}: {error.strerror}; choose another --out") from None
+    with whole_file(path, keep) as file:
+        np.savez(file, **arrays, fingerprint=fingerprint(arrays))
 
 
-def load_run(path):
-    """The run in a file. Raises BadInput for a file that is not a whole run of this version."""
+def read_arrays(path, names=None):
+    """The arrays (all, or these) of a run file, and its other data. Raises BadInput for a file that
+    is not a run of this version."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in names or archive.files}
         meta = json.loads(str(arrays["meta"]))
-        if str(arrays.pop("fingerprint")) != fingerprint(arrays) or meta.pop("format") != FORMAT:
+        if meta.pop("format") != FORMAT:
             raise ValueError
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a damaged or foreign file fails in many ways
         raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
                        "give another file") from None
+    return arrays, meta
+
+
+def run_in(path):
+    """The settings and the step of the run in a file, without its weights."""
+    _, meta = read_arrays(path, ["meta"])
+    return meta["config"], meta["step"]
+
+
+def load_run(path):
+    """The run in a file. Raises BadInput for a file that is not a whole run of this version."""
+    arrays, meta = read_arrays(path)
+    if str(arrays.pop("fingerprint", "")) != fingerprint(arrays):
+        raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
+                       "give another file")
     groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in arrays.items()
                       if name.startswith(f"{group} ")} for group in GROUPS}
     return Run(**meta, **groups, train=arrays["train"])
