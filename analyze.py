@@ -80,17 +80,22 @@ def shell_word(text):
 
 def report(run):
     """All that is printed of a run, as a dict ready for JSON. Measured on all of D_p, but for the
-    two ablated networks on at most 2^17 random inputs and for grokking, which reads the history."""
-    config = run.config
+    ablated networks and the untrained one, on at most 2^17 random inputs, and for grokking, which
+    reads the history."""
+    config, params = run.config, run.params
     k, p, model = config["k"], config["p"], config["model"]
-    whole = fc.evaluate(fc.network_pieces(config, run.params))
-    spectra = fc.MODELS[model][3]
-    measures, first = spectra(run.params), spectra(fc.new_run(config).params)
+    first, whole = fc.new_run(config).params, fc.evaluate(fc.network_pieces(config, params))
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
+    rest = fc.without_circuit(fc.network_pieces(config, params, sample), whole["circuit"])
+    at_init = fc.evaluate(fc.network_pieces(config, first, sample))
     return {**config, "steps": run.step, "seconds": round(run.seconds, 2),
             "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
-            **measures["summary"], **ABOUT[model](run, whole, measures, first, sample)}
+            "circuit_share": whole["circuit_share"],
+            "circuit_share_at_init": at_init["circuit_share"],
+            "circuit_frequencies": fc.circuit_frequencies(whole["circuit"]),
+            "accuracy_without_circuit": fc.evaluate(rest)["accuracy"],
+            **ABOUT[model](run, whole, first, sample)}
 
 
 def mean(x, part):
@@ -101,60 +106,74 @@ def histogram(frequencies, p):  # how often each of 1 .. p // 2 is there
     return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
 
 
-def report_neurons(run, whole, measures, first, sample):
+def report_neurons(run, whole, first, sample):
     """report's part on the MLP; margins are normalized."""
-    params, activation, live = run.params, run.config["activation"], measures["live"]
+    measures, before = fc.neuron_spectra(run.params), fc.neuron_spectra(first)["summary"]
+    params, live = run.params, measures["live"]
     k, p, _ = params["u"].shape
-    nu = fc.degree(k, activation)
-    size = fc.norm(params, nu) ** nu or 1
-    kept, rest = (fc.evaluate(fc.mlp_pieces(part, sample, activation))["accuracy"]
+    kept, rest = (fc.evaluate(fc.mlp_pieces(part, sample, run.config["activation"]))["accuracy"]
                   for part in fc.ablate(params))
-    theory = dict.fromkeys(("gamma_star", "margin_ratio", "margin_bound_ratio", "efficiency"))
-    if activation == "power":
-        gamma = fc.max_margin(k, p)
-        theory = {"gamma_star": gamma, "margin_ratio": whole["margin"] / size / gamma,
-                  "margin_bound_ratio": fc.margin_bound(params) / size / gamma,
-                  "efficiency": mean(fc.to_host(fc.efficiency(params)), live)}
     names = "max_normalized_power", "single_frequency_fraction", "frequencies_used"
-    return {**{f"{name}_at_init": first["summary"][name] for name in names},
+    theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio", "margin_bound_ratio",
+                            "efficiency"))
+    if run.config["activation"] == "power":
+        gamma, size = fc.max_margin(k, p), fc.norm(params) ** (k + 1) or 1
+        bound = fc.margin_bound(whole["circuit"])
+        theory = {"gamma_star": gamma, "margin": whole["margin"] / size,
+                  "margin_ratio": whole["margin"] / size / gamma,
+                  "margin_bound_ratio": bound / size / gamma,
+                  "efficiency": mean(fc.to_host(fc.efficiency(params)), live)}
+    return {**measures["summary"], **{f"{name}_at_init": before[name] for name in names},
             "max_normalized_power_expected": fc.expected_max_power(p),
             "phase_error": mean(measures["phase_error"], live),
             "frequency_histogram": histogram(measures["frequency"][measures["single"]], p),
-            "margin": whole["margin"] / size, **theory,
-            "restricted_accuracy": kept, "excluded_accuracy": rest}
+            **theory, "restricted_accuracy": kept, "excluded_accuracy": rest}
 
 
-def report_heads(run, whole, measures, first, sample):
-    """report's part on attention: medians over live heads, at init over all; accuracies on held-out
-    orbits (fresh), on those where a_1 .. a_{k-1} all differ (distinct) or not (collision)."""
-    k, p, live, shares = run.config["k"], run.config["p"], measures["live"], measures["shares"]
+SHARES = "key_share", "token_share", "class_share", "block_share"
+
+
+def report_heads(run, whole, first, sample):
+    """report's part on attention: medians over live heads, at init over all, and over Gaussian
+    tables; accuracies on held-out orbits (fresh), on those where a_1 .. a_{k-1} all differ
+    (distinct) or not (collision)."""
+    k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
-    pieces = fc.pieces(sample, 8 * fc.PIECE)
-    kept, rest = (fc.evaluate((a, logits(a)) for a in pieces)["accuracy"]
+    kept, rest = (fc.evaluate((a, logits(a)) for a in fc.pieces(sample, 8 * fc.PIECE))["accuracy"]
                   for logits in fc.ablate_heads(run.params))
-    after, before = (np.median(x, axis=0).tolist() for x in (shares[live], first["shares"]))
-    each = {"live": live, "top": measures["top"], "shares": shares,
-            "shares_at_init": first["shares"], "rank": measures["rank"]}
-    heads = zip(*(x.tolist() for x in each.values()))
-    return {"fresh_accuracy": mean(right, test), "distinct_accuracy": mean(right, test & ~equal),
+    measures, live = fc.head_spectra(run.params), fc.head_spectra(run.params)["live"]
+    noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]
+    result = {}
+    for ending, x, part in (("", measures, live), ("_at_init", fc.head_spectra(first), ...),
+                            ("_at_random", fc.table_spectra(*noise), ...)):
+        result |= {f"{name}{ending}": float(np.median(x[name][part])) for name in SHARES}
+        result |= {f"same_frequency{ending}": float(x["same"][part].mean()),
+                   f"single_frequency_fraction{ending}": float(x["single"][part].mean())}
+    each = {name: measures[name].tolist() for name in ("live", "size", "frequency", *SHARES)}
+    return {**measures["summary"], **result,
+            "key_share_deciles": np.quantile(measures["key_share"][live], (0.1, 0.9)).tolist(),
+            "fresh_accuracy": mean(right, test), "distinct_accuracy": mean(right, test & ~equal),
             "collision_accuracy": mean(right, test & equal),
-            "top_shares": after, "top_shares_at_init": before, "top_two_share_at_init": before[1],
-            "top_two_share_deciles": np.quantile(shares[live, 1], (0.1, 0.5, 0.9)).tolist(),
-            "rank": float(np.median(measures["rank"][live])),
-            "frequency_histogram": histogram(measures["top"][live, 0, 1], p),
+            "frequency_histogram": histogram(measures["frequency"][measures["used"]], p),
             "restricted_accuracy": kept, "excluded_accuracy": rest,
-            "each_head": [dict(zip(each, head)) for head in heads]}
+            "each_head": [dict(zip(each, head)) for head in zip(*each.values())]}
 
 
-def report_embedding(run, whole, measures, first, sample):
-    """report's part on a transformer: its grokking, its embedding's spectrum."""
-    tenth = -(-len(measures["shares"]) // 10)
-    return {**grokking(run.history), "tenth": tenth,
-            "embedding_share_at_init": first["summary"]["embedding_share"],
-            "embedding_spectrum": measures["shares"].tolist()}
+def report_blocks(run, whole, first, sample):
+    """report's part on a transformer: its grokking, and the frequencies of its neurons: the median
+    share of the variance in one frequency, over the neurons that are active at all, and how many
+    of them have 85% there, the mark of Nanda et al. 2023."""
+    result = grokking(run.history)
+    for ending, params in (("", run.params), ("_at_init", first)):
+        x = fc.transformer_neurons(params)
+        shares = fc.neuron_shares(x)[x.any(axis=tuple(range(x.ndim - 1)))]
+        result |= {f"neurons_active{ending}": len(shares),
+                   f"neuron_share{ending}": float(np.median(shares)) if len(shares) else 0.0,
+                   f"neurons_single{ending}": int((shares > 0.85).sum())}
+    return result
 
 
-ABOUT = {"mlp": report_neurons, "attention": report_heads, "transformer": report_embedding}
+ABOUT = {"mlp": report_neurons, "attention": report_heads, "transformer": report_blocks}
 
 
 def grokking(history, level=0.99):
@@ -173,17 +192,24 @@ def grokking(history, level=0.99):
             "gap_area": float(np.dot(gap, width)) if gap else None}
 
 
+CIRCUIT = """\
+  circuit share        {circuit_share:.2%} of the logits' power depends on the sum alone, at init \
+{circuit_share_at_init:.2%}
+  its frequencies      {circuit_frequencies} of {frequencies_total} have 99% of its power
+  without the circuit  {accuracy_without_circuit:.2%} are right; chance {chance:.2%}
+"""
 NEURONS = """
 {k} numbers modulo {p}, {m} neurons, {activation} activation, {trained}, seed {seed}
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
+""" + CIRCUIT + """\
   live neurons         {live_neurons} of {m}
   single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
 {single_frequency_fraction_at_init:.2%}
   max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}, \
 expected at random {max_normalized_power_expected:.4f}
   phase error          {phase_error:.4f} mean |theta_1 + .. + theta_k - theta_w|
-  normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*; by the weights at most \
-{margin_bound_ratio:.4f}
+  normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*; by the circuit at \
+most {margin_bound_ratio:.4f}
   efficiency           {efficiency:.4f} a neuron, its class-weighted margin over gamma*
   restricted accuracy  {restricted_accuracy:.2%} keeping only each neuron's own frequency
   excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
@@ -193,24 +219,35 @@ HEADS = """
 {k} numbers modulo {p}, {heads} heads of {d_head}, d_model {d_model}, seed {seed}
   accuracy             train {train_accuracy:.2%}, held-out orbits {fresh_accuracy:.2%}
   of the held-out      keys distinct {distinct_accuracy:.2%}, collisions {collision_accuracy:.2%}
-  live heads           {live_heads} of {heads}
-  share of a head's 2-D spectrum, median over live heads:
-    top 1, 2, 3 pairs  {top_shares:.3f}; at init {top_shares_at_init:.3f}
-    top two, deciles   {top_two_share_deciles:.3f} (10, 50, 90%)
-  rank of S_h          {rank:.0f} median (singular values above 1% of the largest)
-  restricted accuracy  {restricted_accuracy:.2%} keeping only each head's top two pairs
+""" + CIRCUIT + """\
+  live heads           {live_heads} of {heads}; medians over them, at init, at random:
+    power of keys      {key_share:.3f}, {key_share_at_init:.3f}, {key_share_at_random:.3f} at the \
+head's frequency (10 and 90% of heads: {key_share_deciles:.3f})
+    power of tokens    {token_share:.3f}, {token_share_at_init:.3f}, {token_share_at_random:.3f} \
+there, in OV
+    power of classes   {class_share:.3f}, {class_share_at_init:.3f}, {class_share_at_random:.3f} \
+there, in OV
+    2 x 2 frequencies  {block_share:.3f}, {block_share_at_init:.3f}, {block_share_at_random:.3f} \
+of the power of S
+  same frequency       {same_frequency:.2%} of heads in keys, tokens and classes, at init \
+{same_frequency_at_init:.2%}
+  single-frequency     {single_frequency_fraction:.2%} of heads (> 95% of all three powers)
+  restricted accuracy  {restricted_accuracy:.2%} keeping only each head's own frequency
   excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
-  key frequencies      {frequencies_used} of {frequencies_total} used; live heads of each:"""
+  frequencies          {frequencies_used} of {frequencies_total} used; live heads of each, with \
+over half of all three powers there:"""
 BLOCKS = """
 {k} numbers modulo {p}, {layers} blocks of {heads} heads of {d_head}, d_model {d_model}, \
 d_ff {d_ff}, seed {seed}
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
+""" + CIRCUIT + """\
+  neurons of the last  {neurons_active} of {d_ff} active at the last position, {neurons_single} \
+of them single: over 85%
+    of one frequency   {neuron_share:.3f} of the variance, median; at init \
+{neuron_share_at_init:.3f}
   99% of train         at step {steps_to_train} (-: not reached)
   99% of test          at step {steps_to_test}
-  train - test gap     largest {largest_gap:.3f}, area {gap_area:.0f} steps
-  embedding's power    {embedding_share:.3f} in the top {tenth} of {frequencies_total} \
-frequencies; at init {embedding_share_at_init:.3f}
-  its spectrum from 1  {bars}|"""
+  train - test gap     largest {largest_gap:.3f}, area {gap_area:.0f} steps"""
 
 
 def share(x, form):
@@ -246,10 +283,8 @@ def bars(x, low=None):
 def print_report(r):
     """Print what report(run) measured."""
     text = {"mlp": NEURONS, "attention": HEADS, "transformer": BLOCKS}[r["model"]]
-    blocks = bars(r.get("embedding_spectrum", [0]), low=0)
     trained = [name for name in ("fast", "max_margin") if r.get(name)] or ["textbook AdamW"]
-    print(Text().format(text, **r, chance=1 / r["p"], bars=blocks,
-                        trained=trained[0].replace("_", "-")))
+    print(Text().format(text, **r, chance=1 / r["p"], trained=trained[0].replace("_", "-")))
     counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
@@ -317,10 +352,10 @@ def print_groups(groups):
 
 
 MEASURES = {  # of a run's state, in a line of progress and in a table of runs
-    "live_neurons": "live {:4d}", "max_normalized_power": "power {:5.3f}",
+    "circuit_share": "circuit {:5.3f}", "live_neurons": "live {:4d}",
+    "max_normalized_power": "power {:5.3f}", "live_heads": "live {:3d}",
     "single_frequency_fraction": "single {:5.3f}", "phase_error": "phase {:5.3f}",
-    "top_two_share": "top two {:5.3f}", "live_heads": "live {:3d}",
-    "embedding_share": "embedding {:5.3f}",
+    "key_share": "keys {:5.3f}", "neuron_share": "neurons {:5.3f}",
     "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:6.4f}"}
 
 
@@ -357,13 +392,12 @@ def print_neurons(run, count=3):
 
 def print_heads(run, lines=20):
     """The strongest live heads, a line each."""
-    measures = fc.head_spectra(run.params)
-    print("\n head  size   top three pairs (query, key frequency) and their shares         rank")
-    order = np.argsort(-measures["size"])[:measures["live"].sum()]
+    x = fc.head_spectra(run.params)
+    print("\n head  size   frequency, its share of the power of keys, tokens, classes; 2 x 2")
+    order = np.argsort(-x["size"])[:x["live"].sum()]
     for h in order[:lines]:
-        alone = np.diff(measures["shares"][h], prepend=0)
-        tops = " ".join(f"({u:3d},{v:3d}) {x:.3f} " for (u, v), x in zip(measures["top"][h], alone))
-        print(f" {h:4d} {measures['size'][h]:5.3f}   {tops}        {measures['rank'][h]:3d}")
+        print(f" {h:4d} {x['size'][h]:5.3f}  {x['frequency'][h]:5d}     ",
+              *(f"{x[name][h]:.3f}  " for name in SHARES))
     if len(order) > lines:
         print(f"  .. and {len(order) - lines} more live heads, all in --json")
 
@@ -371,18 +405,9 @@ def print_heads(run, lines=20):
 def print_lemma(run):
     """Lemma F.2: S_j = f^(j,..,j,-j) is positive for every j of a max-margin network."""
     k, p, _ = run.params["u"].shape
-    diagonal = fc.to_host(fc.diagonal_dft(run.params))[1:p // 2 + 1].real
+    diagonal = fc.to_host(fc.neuron_dft(run.params)).sum(axis=1)[1:p // 2 + 1].real
     print(f"\nLemma F.2: f^(j,..,j,-j) > 0 at {(diagonal > 0).sum()} of {len(diagonal)} "
           f"frequencies; smallest over mean {diagonal.min() / diagonal.mean():.3f}")
-    try:
-        f = np.abs(fc.to_host(fc.network_dft(run.params))) ** 2
-    except fc.BadInput:
-        print("  the whole DFT of f is too large here")
-        return
-    j = np.arange(1, p)
-    inside, constant = f[(j,) * k + (p - j,)].sum(), f[..., 0].sum()
-    print(f"  share of f's power on (j,..,j,-j): {inside / (f.sum() - constant):.4f} "
-          f"(what all classes share left out)")
 
 
 def print_theory(k, p):
@@ -512,41 +537,46 @@ def draw_mlp(run):
 
 
 def draw_attention(run, count=4):
-    """The paper's Figures 3, 9 and 10: attention matrices S_h above their 2-D spectra."""
-    measures, (s, _) = fc.head_spectra(run.params), fc.head_tables(run.params)
+    """The paper's Figures 3, 9 and 10: attention matrices S_h and their 2-D spectra, and what the
+    heads write: OV_h."""
+    measures, (s, ov) = fc.head_spectra(run.params), fc.head_tables(run.params)
     spectrum = np.fft.fftshift(fc.head_spectrum(s), axes=1)  # query frequency 0 in the middle
-    chosen = strongest(measures["size"], measures["live"], measures["top"][:, 0, 1], count)
+    chosen = strongest(measures["size"], measures["live"], measures["frequency"], count)
     p = s.shape[1]
-    figure = new_figure(12, 5)
+    figure = new_figure(12, 7)
     left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
-    axes = left.subplots(2, len(chosen), squeeze=False)
-    for h, (above, below) in zip(chosen, axes.T):
+    axes = left.subplots(3, len(chosen), squeeze=False)
+    for h, (above, middle, below) in zip(chosen, axes.T):
         above.imshow(s[h], cmap="RdBu")
-        above.set_title(f"head {h}: top two {measures['shares'][h, 1]:.2f}")
-        below.imshow(spectrum[h], cmap="Blues", aspect="auto",
-                     extent=(-0.5, p // 2 + 0.5, p - p // 2 - 0.5, -(p // 2) - 0.5))
+        above.set_title(f"head {h}: frequency {measures['frequency'][h]}")
+        middle.imshow(spectrum[h], cmap="Blues", aspect="auto",
+                      extent=(-0.5, p // 2 + 0.5, p - p // 2 - 0.5, -(p // 2) - 0.5))
+        below.imshow(ov[h], cmap="RdBu")
     axes[0, 0].set(xlabel="key", ylabel="query: $S_h$")
     axes[1, 0].set(xlabel="key frequency", ylabel="query frequency: power")
+    axes[2, 0].set(xlabel="class", ylabel="token: $OV_h$")
     shares, last = right.subplots(2, 1)
-    before = fc.head_spectra(fc.new_run(run.config).params)["shares"][:, 1]
-    draw_shares(shares, before, measures["shares"][measures["live"], 1],
-                "power in a head's top two pairs")
+    draw_shares(shares, fc.head_spectra(fc.new_run(run.config).params)["key_share"],
+                measures["key_share"][measures["live"]], "keys' power at a head's frequency")
     return figure, last
 
 
 def draw_groups(groups, directory, name="grokking"):
-    """Figure 4: accuracies over steps, a panel a group, mean and range over its seeds."""
+    """Figure 4: accuracies and the circuit's share of the logits over steps, a panel a group, mean
+    and range over its seeds."""
     figure = new_figure(2.6 * len(groups) + 0.6, 4)
     axes = figure.subplots(2, len(groups), sharex="col", sharey=True, squeeze=False)
     for ((k, p, apart), runs), (above, below) in zip(groups.items(), axes.T):
         draw_curve(above, runs, "train_accuracy", "train", BEFORE)
         draw_curve(above, runs, "test_accuracy", "test", AFTER)
-        draw_curve(below, runs, "embedding_share", "embedding", AFTER)
+        draw_curve(below, runs, "test_accuracy", "test accuracy", AFTER)
+        draw_curve(below, runs, "circuit_share", "circuit share", "black")
         above.set(title=f"k = {k}, p = {p}\n{apart}".rstrip(), ylim=(-0.02, 1.02))
         below.set_xlabel("step")
     axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("embedding's power in\nthe top tenth of frequencies")
-    axes[0, 0].legend(handles=axes[0, 0].lines)
+    axes[1, 0].set_ylabel("share")
+    for axis in axes[:, 0]:
+        axis.legend(handles=axis.lines)
     save_figure(figure, directory, name)
 
 

@@ -253,10 +253,7 @@ def loss_and_gradients(network_pieces, n):
         loss = loss + share * part
         doubt = doubt - dlogits[xp.arange(len(a)), y].sum()
         for name, d in backward(dlogits).items():
-            if name in grads:
-                grads[name] += d
-            else:
-                grads[name] = d
+            grads[name] = grads.get(name, 0) + d
     return loss, grads, doubt
 
 
@@ -389,43 +386,68 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
 
 
 def evaluate(network_pieces):
-    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict: right,
-    bool [n] on the host; accuracy; loss, the mean; margin, the smallest, and largest_margin."""
-    margin, loss = [], 0.0
+    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict:
+
+    right            bool [n], on the host; accuracy: their share
+    loss             the mean cross-entropy
+    margin           the smallest; largest_margin
+    circuit          g [p], the part of the logits that depends on a_1 + .. + a_k - c alone:
+
+                         g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
+
+                     where f~ is f less its mean over the classes
+    circuit_share    n sum_Delta g^2 / sum_{a,c} f~^2, the circuit's share of the logits' power
+
+    Over D_p the circuit is Lemma F.2's diagonal: by Parseval its share is that of f~'s DFT on
+    (j, .., j, -j). It is 1 for a max-margin network and 1/n on average for random logits."""
+    margin, loss, g, power = [], 0.0, 0.0, 0.0
     for a, logits, *_ in network_pieces:
         y = labels(a, logits.shape[1])
-        margin.append(margins(logits, y)[0])
+        margin.append(to_host(margins(logits, y)[0]))
         loss += float(cross_entropy(logits, y)[0]) * len(y)
-    margin = to_host(xp.concatenate(margin))
-    right = margin > 0
-    return {"right": right, "accuracy": float(right.mean()), "loss": loss / len(right),
-            "margin": float(margin.min()), "largest_margin": float(margin.max())}
+        shift = (y[:, None] + xp.arange(logits.shape[1])) % logits.shape[1]
+        folded = xp.take_along_axis(logits - logits.mean(axis=1, keepdims=True), shift, axis=1)
+        g = g + to_host(folded.sum(axis=0, dtype="float64"))
+        power += float((folded * folded).sum(dtype="float64"))
+    margin = np.concatenate(margin)
+    right, n = margin > 0, len(margin)
+    return {"right": right, "accuracy": float(right.mean()), "loss": loss / n,
+            "margin": float(margin.min()), "largest_margin": float(margin.max()),
+            "circuit": g / n, "circuit_share": float(g @ g / n / (power or 1))}
+
+
+def circuit_frequencies(g):
+    """How many frequencies hold 99% of the power of a circuit g [p]."""
+    power = np.sort(power_spectrum(g)[1:])[::-1]
+    return int((np.cumsum(power) < 0.99 * power.sum()).sum() + power.any())
+
+
+def without_circuit(network_pieces, g):
+    """The same pieces (inputs, logits) without the circuit: f(a)[c] - g(c - a_1 - .. - a_k)."""
+    for a, logits, *_ in network_pieces:
+        p = logits.shape[1]
+        shift = (xp.arange(p) - labels(a, p)[:, None]) % p
+        yield a, logits - xp.asarray(g.astype(logits.dtype))[shift]
 
 
 # ---- The best network there is: norm, margin, gamma* (Def. B.2, Theorem 4.1) ---------------------
 
 
-def degree(k, activation="power"):
-    """nu, the degree in which f is homogeneous: k + 1 for the power activation, 2 for ReLU."""
-    return k + 1 if activation == "power" else 2
-
-
-def norm(params, nu=None):
-    """||theta||_{2,nu} = (sum_i ||theta_i||_2^nu)^(1/nu), nu = k + 1 by default (Def. B.2)."""
-    nu = nu or len(params["u"]) + 1
-    norms = neuron_norms(params)
+def norm(params):
+    """||theta||_{2,k+1} = (sum_i ||theta_i||_2^(k+1))^(1/(k+1)) (Def. B.2)."""
+    norms, nu = neuron_norms(params), len(params["u"]) + 1
     largest = norms.max()  # taken out first, so that no power overflows
     return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu)) if largest != 0 else 0.0
 
 
-def penalty(params, strength, nu, exponent):
-    """strength ||theta||_{2,nu}^exponent (Def. 3.1) -> its value, its gradients.
+def penalty(params, strength, exponent):
+    """strength ||theta||_{2,nu}^exponent, nu = k + 1 (Def. 3.1) -> its value, its gradients.
 
     With exponent 1 this is the paper's regularizer; with exponent nu it is sum_i ||theta_i||^nu,
     which is smooth at 0. The gradient by theta_i is
 
         strength exponent ||theta||^(exponent - nu) ||theta_i||^(nu - 2) theta_i."""
-    norms = neuron_norms(params)
+    norms, nu = neuron_norms(params), len(params["u"]) + 1
     total = (norms**nu).sum() ** (1 / nu)
     pull = strength * exponent * (total + (total == 0)) ** (exponent - nu) * norms ** (nu - 2)
     return strength * total**exponent, {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
@@ -441,15 +463,13 @@ def max_margin(k, p):
     return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
 
-def normalized_margin(params, activation="power"):
-    """The smallest margin over D_p divided by ||theta||^nu, which is the margin of
-    theta / ||theta||. For the power activation it is at most gamma*."""
-    nu = degree(len(params["u"]), activation)
-    return evaluate(mlp_pieces(params, None, activation))["margin"] / (norm(params, nu) ** nu or 1)
+def normalized_margin(params):
+    """The smallest margin over D_p divided by ||theta||^(k+1), which is the margin of
+    theta / ||theta||. It is at most gamma*."""
+    return evaluate(mlp_pieces(params))["margin"] / (norm(params) ** (len(params["u"]) + 1) or 1)
 
 
-# What follows is computed from the weights alone, without the p^k inputs; z^k only. It also shows
-# why a neuron of the best network is a cosine (Lemma 4.2): a margin is at most the class-weighted
+# Why a neuron of the best network is a cosine (Lemma 4.2): a margin is at most the class-weighted
 # one, whose mean over D_p is, but for a factor, the sum over neurons and frequencies of
 #
 #     |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
@@ -459,29 +479,23 @@ def normalized_margin(params, activation="power"):
 
 
 def neuron_dft(params):  # -> complex [p, m]
-    """Each neuron's f^(j,..,j,-j): k! w^(-j) u^_1(j) .. u^_k(j) (Lemma D.8), set to 0 at j = 0."""
+    """Each neuron's f^(j, .., j, -j), from its weights alone (Lemma D.8); z^k only:
+
+        k! w^(-j) u^_1(j) .. u^_k(j) for j = 1 .. p-1, and 0 for j = 0.
+
+    Its sum over the neurons is the DFT of f there. In a max-margin network it is positive
+    (Lemma F.2), on the unit ball gamma* p^k. It is also p^k times the DFT of the circuit
+    (evaluate), with -j for j."""
     u, w = params["u"], params["w"]
     dft = xp.conj(xp.fft.fft(w, axis=1).T) * xp.fft.fft(u, axis=1).prod(axis=0)
     dft[0] = 0
     return math.factorial(len(u)) * dft
 
 
-def diagonal_dft(params):  # -> [p]
-    """f^(j, .., j, -j) for j = 1 .. p-1, real if all phase errors are 0; and 0 for j = 0.
-
-    In a max-margin network it is > 0 (Lemma F.2), on the unit ball gamma* p^k."""
-    return neuron_dft(params).sum(axis=1)
-
-
-def margin_bound(params):
-    """An upper bound on the smallest margin over D_p: the smallest mean of f[y] - f[y + Delta],
-    over all Delta != 0. By Parseval this mean over D_p is
-
-        p^-(k+1) sum_{j != 0} f^(j,..,j,-j) (1 - e^(-2 pi i j Delta/p))."""
-    k, p, _ = params["u"].shape
-    diagonal = diagonal_dft(params)
-    means = (diagonal.sum() - xp.fft.fft(diagonal)).real[1:] / float(p) ** (k + 1)
-    return float(means.min())
+def margin_bound(g):
+    """An upper bound on the smallest margin over D_p: the smallest mean of f[y] - f[y + Delta] over
+    all Delta != 0, which is g(0) - g(Delta) by the circuit g (evaluate)."""
+    return float((g[0] - g[1:]).min())
 
 
 def efficiency(params):  # -> [m]
@@ -496,17 +510,6 @@ def efficiency(params):  # -> [m]
     norms = xp.maximum(neuron_norms(params), TINY)
     unit = {"u": params["u"] / norms, "w": params["w"] / norms[:, None]}
     return neuron_dft(unit).real.sum(axis=0) / ((p - 1) * float(p) ** k * max_margin(k, p))
-
-
-def network_dft(params):
-    """f^(j_1, .., j_k, j_c), the (k+1)-dimensional DFT of f of Eq. 2 (Lemma F.2), complex [p, ..].
-
-    Raises BadInput if its p^(k+1) numbers are too many."""
-    k, p, _ = params["u"].shape
-    if 16 * p ** (k + 1) > MAX_BYTES // 4:
-        raise BadInput(f"too large: the DFT of f has {p}^{k + 1} numbers; take a smaller p")
-    f = xp.concatenate([logits for _, logits, _ in mlp_pieces(params)])
-    return xp.fft.fftn(f.reshape((p,) * (k + 1)))
 
 
 # ---- Theory: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1) --------------
@@ -606,24 +609,17 @@ def theory_check(params):
         for name, d in backward((target - (1 - target) / (p - 1)) / p**k).items():
             dual[name] += d
     whole, size = evaluate(mlp_pieces(params)), gamma * p**k
-    diagonal = diagonal_dft(params)[1:]
+    diagonal = neuron_dft(params).sum(axis=1).real[1:]
     rows = [("norm ||theta||_{2,k+1}", norm(params), 1, 1),
             ("margin, smallest over inputs", whole["margin"], gamma, gamma),
             ("margin, largest over inputs", whole["largest_margin"], gamma, gamma),
             ("spread over wrong classes (Cond. 3.8)", spread, 0, gamma),
             ("|f - gamma* (1{c = sum a} - 1/p)|", deviation, 0, gamma),
-            ("margin bound from the weights", margin_bound(params), gamma, gamma),
-            ("f^(j,..,j,-j) by weights, smallest", float(diagonal.real.min()), size, size),
-            ("f^(j,..,j,-j) by weights, largest", float(diagonal.real.max()), size, size),
-            ("f^(j,..,j,-j) imaginary part", float(xp.abs(diagonal.imag).max()), 0, size)]
-    if 16 * p ** (k + 1) <= MAX_BYTES // 4:  # else network_dft would refuse
-        f, j = xp.abs(network_dft(params)), xp.arange(1, p)
-        places = (j,) * k + (p - j,)
-        rows += [("f^(j,..,j,-j), smallest (Lemma F.2)", float(f[places].min()), size, size)]
-        f[places] = 0
-        rows += [("f^ elsewhere, largest (Lemma F.2)", float(f.max()), 0, size)]
+            ("circuit share of the logits", whole["circuit_share"], 1, 1),
+            ("f^(j,..,j,-j) by weights, smallest", float(diagonal.min()), size, size),
+            ("f^(j,..,j,-j) by weights, largest", float(diagonal.max()), size, size)]
     if p % 2:
-        _, ideal = penalty(params, gamma, k + 1, k + 1)
+        _, ideal = penalty(params, gamma, k + 1)
         residual = max(float(xp.abs(dual[name] - ideal[name]).max()) for name in dual)
         largest = max(float(xp.abs(x).max()) for x in ideal.values())
         rows += [("dual condition, residual", residual, 0, largest)]
@@ -764,7 +760,7 @@ def fast_step(run):
     if rms is not None:  # the learning rate is in units of the size
         lr *= rms / natural_scale(config["k"], p, config["m"])
     else:
-        pull = penalty(params, config["penalty"], config["k"] + 1, config["penalty_power"])[1]
+        pull = penalty(params, config["penalty"], config["penalty_power"])[1]
         grads = {name: d + pull[name] for name, d in grads.items()}
         decay = config["weight_decay"] * gate(loss, p)
     update(run, grads, lr, decay)
@@ -905,22 +901,15 @@ def attention(params, a):  # [n, k] -> [n, p]
 def attention_settings(k=3, p=31, **_):
     """The settings of one layer of attention, a dict.
 
-    The smaller k, the smaller a start its collisions need to generalize. In the second half of the
-    steps the decay is times final_decay, as decay unlearns collisions: the more collisions there
-    are, the less is left of it."""
+    The smaller k, the smaller a start its collisions need to generalize. The decay is gated (gate):
+    decay from the first step on ends the learning at k >= 4 before it begins. In the second half of
+    the steps it is times final_decay, as decay unlearns collisions: the more of them there are, the
+    less is left of it."""
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
             "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
             "init_std": 0.3 ** (max(0, 5 - k) / 2), "betas": [0.9, 0.98], "eps": 1e-8,
             "weight_decay": 4, "final_decay": max(0, 1 - 1.5 * math.sqrt(1 - distinct))}
-
-
-def attention_decay(config, step, loss):
-    """The weight decay of a step: gated, as decay from the first step on ends the learning at
-    k >= 4 before it begins; and times final_decay once the learning rate falls."""
-    final = step >= config["hold"] * config["steps"]
-    decay = config["weight_decay"] * gate(loss, config["p"])
-    return decay * config["final_decay"] if final else decay
 
 
 def head_tables(params):
@@ -933,50 +922,68 @@ def head_tables(params):
 
 
 def head_spectrum(s):  # [H, p, p] -> [H, p, p // 2 + 1]
-    """2-D DFT power, of rows of mean 0 (none at v = 0). [u, v]: query, key frequency; (-u, -v), its
-    equal in a real matrix, is counted in. (Of an even p, the pairs at v = p/2 stay apart.)"""
+    """2-D DFT power of S_h, of rows of mean 0 (none at v = 0). [u, v]: query, key frequency; the
+    equal power of (-u, -v) is counted in. (Of an even p, the pairs at v = p/2 stay apart.)"""
     v, p = np.arange(s.shape[1] // 2 + 1), s.shape[1]
     return np.abs(np.fft.rfft2(s)) ** 2 * (2 - (2 * v == p))
 
 
 def head_spectra(params):
-    """Each head's Fourier measures (Figures 3, 9, 10) by head_tables, as a dict of host arrays.
-    shares [H, 3]    of the power of S_h in its top one, two and three frequency pairs +-(u, v);
-                     cos(2 pi u q/p) cos(2 pi v a/p) is two of them, (u, v) and (-u, v)
-    top [H, 3, 2]    those pairs, -p/2 <= u < p/2 (query) and 0 <= v <= p/2 (key)
-    rank [H]         singular values above a hundredth of the largest; at most d_head
-    size [H]         rms(S_h) rms(OV_h) over the largest
-    live [H]         size at least a twentieth
-    summary          of the live heads, for a line of progress; frequencies_used: of keys"""
-    s, ov = head_tables(params)
-    p = s.shape[1]
-    spectrum = head_spectrum(s).reshape(len(s), -1)
-    order = np.argsort(-spectrum, axis=1)[:, :3]
-    shares = np.cumsum(np.take_along_axis(spectrum, order, axis=1), axis=1)
-    shares /= np.maximum(spectrum.sum(axis=1, keepdims=True), TINY)
-    u, v = order // (p // 2 + 1), order % (p // 2 + 1)
-    top = np.stack([(u + p // 2) % p - p // 2, v], axis=2)
-    values = np.linalg.svd(s, compute_uv=False)
+    """Each head's Fourier measures (Figures 3, 9, 10), see table_spectra."""
+    return table_spectra(*head_tables(params))
+
+
+def table_spectra(s, ov):  # [H, p, p], [H, p, c]
+    """The Fourier measures of heads by their head_tables, as a dict of arrays [H] on the host.
+
+    frequency      zeta with most power in the keys of S_h; token_frequency: in the tokens of OV_h
+    key_share      share of the power of S_h at zeta, of its keys
+    token_share    share of the power of OV_h at zeta, of its tokens; class_share: of its classes
+    same           the strongest frequencies of keys, tokens and classes are the same
+    block_share    share of the power of S_h in its two strongest query frequencies times its two
+                   strongest key frequencies: the paper's "two cosines in each dimension"
+    size           rms(S_h) rms(OV_h) over the largest; live: at least a twentieth
+    single         live, and key, token and class share are over 95%
+    summary        medians over live heads, for a line of progress; frequencies_used counts those of
+                   live heads that have over half of the power there in keys, tokens and classes"""
+    each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
+    spectrum = head_spectrum(s)
+    folded = spectrum[:, u] + spectrum[:, -u] * (u != -u % s.shape[1])[:, None]  # u with -u
+    powers = (folded.sum(axis=1), power_spectrum(ov, axis=1).sum(axis=2),
+              power_spectrum(ov, axis=2).sum(axis=1))  # [H, p // 2 + 1] of keys, tokens, classes
+    strongest = [power.argmax(axis=1) for power in powers]
+    zeta, token, by_class = strongest
+    shares = [power[each, zeta] / np.maximum(power.sum(axis=1), TINY) for power in powers]
+    keys, queries = (np.argsort(folded.sum(axis=i), axis=1)[:, -2:] for i in (1, 2))
+    block = folded[each[:, None, None], queries[:, :, None], keys[:, None]].sum(axis=(1, 2))
     size = np.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
-    size /= np.maximum(size.max(), TINY)
-    live = size >= 0.05
-    return {"shares": shares, "top": top, "rank": (values > 0.01 * values[:, :1]).sum(axis=1),
-            "size": size, "live": live, "summary": {
-                "top_two_share": float(np.median(shares[live, 1])), "live_heads": int(live.sum()),
-                "frequencies_used": len(np.unique(top[live, 0, 1]))}}
+    size = size / np.maximum(size.max(), TINY)
+    live, least = size >= 0.05, np.min(shares, axis=0)
+    measures = {"key_share": shares[0], "token_share": shares[1], "class_share": shares[2],
+                "block_share": block / np.maximum(folded.sum(axis=(1, 2)), TINY)}
+    return {"frequency": zeta, "token_frequency": token, "size": size, "live": live, **measures,
+            "same": (zeta == token) & (zeta == by_class), "single": live & (least > 0.95),
+            "used": live & (least > 0.5), "summary": {
+                "live_heads": int(live.sum()), "key_share": float(np.median(shares[0][live])),
+                "frequencies_used": len(np.unique(zeta[live & (least > 0.5)]))}}
 
 
-def ablate_heads(params, keep=2):
-    """The causal check: each S_h with its top frequency pairs only, and with all the others only.
+def ablate_heads(params):
+    """The causal check: each head with S_h at its key frequency and OV_h at its token frequency
+    alone, and with all that is left.
+
     -> restricted, excluded: functions of inputs a [n, k] that give logits [n, p]."""
-    s, ov, _ = circuits(params["E"], [params[name] for name in HEADS])
-    centred, _ = head_tables(params)
-    spectrum = head_spectrum(centred)
-    least = np.sort(spectrum.reshape(len(spectrum), -1), axis=1)[:, -keep, None, None]
-    kept = np.fft.irfft2(np.fft.rfft2(centred) * (spectrum >= least), s=s.shape[1:])
-    tables = [xp.asarray(x.astype(s.dtype)) for x in (kept, centred - kept)]
-    return [lambda a, table=table: attend(table, ov, params["b"], a, a[:, -1])[0]
-            for table in tables]
+    s, ov = head_tables(params)
+    p, measures = s.shape[1], head_spectra(params)
+    kept = []
+    for table, axis, name in ((s, 2, "frequency"), (ov, 1, "token_frequency")):
+        transform = np.moveaxis(np.fft.rfft(table, axis=axis), axis, 1)
+        transform = transform * (np.arange(p // 2 + 1) == measures[name][:, None])[:, :, None]
+        kept.append(np.moveaxis(np.fft.irfft(transform, n=p, axis=1), 1, axis))
+    tables = [[xp.asarray(x.astype(params["E"].dtype)) for x in pair]
+              for pair in (kept, (s - kept[0], ov - kept[1]))]
+    return [lambda a, pair=pair: attend(*pair, params["b"], a, a[:, -1])[0] for pair in tables]
+
 
 # ---- Transformers of whole blocks (Figure 4), after Power et al. 2022 ----------------------------
 # Blocks, with a causal mask: x += attention(layernorm(x)), x += relu(layernorm(x) W_1) W_2.
@@ -1111,8 +1118,10 @@ def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the 
     return x[:, last] + y, backward
 
 
-def transformer(params, a):  # [n, k] -> [n, p]
-    """The network, of one block or more, on inputs a -> logits, backward(dlogits) -> dparams."""
+def transformer(params, a, neurons=False):  # [n, k] -> [n, p]
+    """The network, of one block or more, on inputs a -> logits, backward(dlogits) -> dparams.
+
+    neurons=True: -> [n, f], the activations of the last block's MLP at the last position."""
     embedding, place, project = params["E"], params["P"], params["W_U"]
     (p, d), k, layers = embedding.shape, len(place), (len(params) - 3) // len(ATTENTION + FORWARD)
     table = (place[:, None] + embedding).reshape(k * p, d)
@@ -1125,6 +1134,8 @@ def transformer(params, a):  # [n, k] -> [n, p]
         else:
             x, backward = residual(x, lambda z: self_attention(z, *weights, last))
         tape.append((read, backward))
+        if neurons and last:
+            return relu(layernorm(x[:, -1])[0] @ params[think[0]])[0]
         x, backward = residual(x, lambda z: feed_forward(z, *(params[name] for name in think)))
         tape.append((think, backward))
     z, norm_backward = layernorm(x[:, -1])
@@ -1160,13 +1171,26 @@ def clipped(grads, most):
     return {name: d * (most / total).clip(None, 1) for name, d in grads.items()}
 
 
-def embedding_spectra(params):
-    """The token embedding's power by frequency, over all its columns, on the host: shares [p // 2],
-    of the frequencies 1 .. p // 2; summary: that of the strongest tenth of them, rounded up."""
-    spectrum = power_spectrum(params["E"], axis=0).sum(axis=1)[1:]
-    shares = spectrum / spectrum.sum()
-    top = np.sort(shares)[-math.ceil(len(shares) / 10):]
-    return {"shares": shares, "summary": {"embedding_share": float(top.sum())}}
+def neuron_shares(x):  # [p, .., p, f] -> [f]
+    """Share of the variance of functions on Z_p^k in one frequency: at the indices of their DFT
+    that are all 0, zeta or -zeta, for the zeta that has most. 0 for a constant.
+
+    At k = 2 this is the measure of Nanda et al. 2023 (arXiv 2301.05217)."""
+    p, axes = len(x), tuple(range(x.ndim - 1))
+    power = np.abs(np.fft.fftn(x, axes=axes)) ** 2
+    rounding = 1e-24 * power[(0,) * len(axes)]  # of a constant, which has no variance
+    power[(0,) * len(axes)] = 0
+    at = [power[np.ix_(*[sorted({0, zeta, p - zeta})] * len(axes))].sum(axis=axes)
+          for zeta in range(1, p // 2 + 1)]
+    return np.max(at, axis=0) / np.maximum(power.sum(axis=axes), rounding + TINY)
+
+
+def transformer_neurons(params):  # -> [p, .., p, f]
+    """The activations of the last block's MLP at the last position, on all of D_p, on the host."""
+    p, k = len(params["E"]), len(params["P"])
+    parts = [to_host(transformer(params, a, neurons=True))
+             for a in pieces(all_inputs(k, p), 8 * PIECE)]
+    return np.concatenate(parts).reshape((p,) * k + (-1,))
 
 
 # ---- Runs: settings, one step, progress, and one .npz file each ----------------------------------
@@ -1177,7 +1201,7 @@ GROUPS = "params", "first", "second"
 MODELS = {  # settings, first weights, network, what is measured of the weights
     "mlp": (mlp_settings, init_mlp, mlp, neuron_spectra),
     "attention": (attention_settings, init_attention, attention, head_spectra),
-    "transformer": (transformer_settings, init_transformer, transformer, embedding_spectra)}
+    "transformer": (transformer_settings, init_transformer, transformer, None)}
 
 CHOICES = {"model": tuple(MODELS), "activation": ("power", "relu"), "fast": (False, True),
            "max_margin": (False, True), "control_variate": ("on", "off"),
@@ -1224,34 +1248,27 @@ def complete(given):
     setting out of range, or one that does not apply to the model or to the others, and for sizes
     that do not fit in memory."""
     given = {name: checked(name, value) for name, value in given.items()}
-    model = given.get("model", "mlp")
-    fast, largest = given.get("fast"), given.get("max_margin")
-    if fast and largest:
-        raise BadInput("fast and max-margin are two rules of training; choose one of them")
-    rule = MODELS[model][0]
-    if model == "mlp" and (fast or largest):
-        if given.get("activation") == "relu":
-            raise BadInput("fast and max-margin are for the power activation, whose gamma* is "
-                           "known; leave them out to train ReLU")
+    model, fast, largest = (given.get(name) for name in ("model", "fast", "max_margin"))
+    if fast and largest or (fast or largest) and given.get("activation") == "relu":
+        raise BadInput("fast and max-margin are two rules of training, both for the power "
+                       "activation; choose one of them, or none")
+    rule = MODELS[model or "mlp"][0]
+    if rule is mlp_settings and (fast or largest):
         rule = fast_settings if fast else max_margin_settings
-    check_size(given.get("k", 2), given.get("p", 2))
-    config = {"model": model, **rule(**given), "seed": 0, "dtype": "float32"}
+    config = {"model": "mlp", **rule(**given), "seed": 0, "dtype": "float32"}
     for name in given:
         if name not in config:
-            means = " --fast or --max-margin" if name.startswith("penalty") else " --fast" * (
-                name in ("equal", "control_variate"))
-            raise BadInput(f"{name.replace('_', '-')} does not apply to this {model}"
-                           + (f", only to one with{means}" if means else "; leave it out"))
+            raise BadInput(f"{name.replace('_', '-')} does not apply to this model and rule of "
+                           "training (see --help); leave it out")
     config |= given
-    check_size(config["k"], config["p"], config.get("m", 1))
     if model == "attention" and config["split"] != "orbits":
         raise BadInput("attention cannot see the order of its inputs: its split is always orbits")
-    if model != "mlp":
-        k, p, layers, heads, e, d, f = (config.get(x, 1) for x in (
-            "k", "p", "layers", "heads", "d_head", "d_model", "d_ff"))
-        if 16 * (layers * d * f + heads * (e + k * p) * (layers * d + k * p)) > MAX_BYTES:
-            raise BadInput("too large: weights and attention matrices of all heads exceed "
-                           f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
+    check_size(config["k"], config["p"], config.get("m", 1))
+    k, p, layers, heads, e, d, f = (config.get(x, 1) for x in (
+        "k", "p", "layers", "heads", "d_head", "d_model", "d_ff"))
+    if 16 * (layers * d * f + heads * (e + k * p) * (layers * d + k * p)) > MAX_BYTES:
+        raise BadInput("too large: weights and attention matrices of all heads exceed "
+                       f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
 
 
@@ -1309,23 +1326,27 @@ def train_step(run):
     decay = config["weight_decay"]
     if "clip" in config:
         grads = clipped(grads, config["clip"])
-    if "final_decay" in config:
-        decay = attention_decay(config, run.step, loss)
+    if "final_decay" in config:  # attention's decay, see attention_settings
+        falling = run.step >= config["hold"] * config["steps"]
+        decay *= gate(loss, config["p"]) * (config["final_decay"] if falling else 1)
     update(run, grads, learning_rate(config, run.step), decay)
 
 
 def progress(run):
     """A line of history: cross-entropies and accuracies on up to 4096 fixed inputs of each part,
-    and the measures of the weights; in a max-margin run also the normalized margin over gamma*, on
-    all of D_p."""
+    the circuit's share of the logits on those of the test part (or, without one, of the other), and
+    the measures of the weights; in a max-margin run also the normalized margin over gamma*, on all
+    of D_p."""
     config, params = run.config, run.params
     k, p = config["k"], config["p"]
     line, rng = {"step": run.step}, stream(config, 3)
     for name, part in (("train", run.train), ("test", ~run.train)):
         a = sample_inputs(np.flatnonzero(part), k, p, rng, 4096)
         seen = evaluate(network_pieces(config, params, a)) if len(a) else {}
-        line[f"{name}_loss"], line[f"{name}_accuracy"] = seen.get("loss"), seen.get("accuracy")
-    line |= MODELS[config["model"]][3](params)["summary"]
+        line |= {f"{name}_loss": seen.get("loss"), f"{name}_accuracy": seen.get("accuracy"),
+                 "circuit_share": seen.get("circuit_share", line.get("circuit_share"))}
+    spectra = MODELS[config["model"]][3]
+    line |= spectra(params)["summary"] if spectra else {}
     if config.get("max_margin"):
         line["margin_ratio"] = normalized_margin(params) / max_margin(k, p)
     return line
@@ -1368,10 +1389,9 @@ def save_run(path, run, keep=True):
 
     Raises BadInput if it does not, or if the file holds another run, or more of this one."""
     if keep and os.path.lexists(path):
-        config, step = run_in(path)
-        if config != run.config or step > run.step:
-            raise BadInput(f"{path} holds another run or more of this one, up to step {step}; it "
-                           "is left alone; choose another --out")
+        there = load_run(path)
+        if there.config != run.config or there.step > run.step:
+            raise BadInput(f"{path} holds another run, or more of this one; choose another --out")
     meta = {"format": FORMAT, "config": run.config, "step": run.step, "seconds": run.seconds,
             "coefficient": float(run.coefficient), "history": run.history}
     arrays = {f"{group} {name}": to_host(x) for group in GROUPS
@@ -1381,35 +1401,19 @@ def save_run(path, run, keep=True):
         np.savez(file, **arrays, fingerprint=fingerprint(arrays))
 
 
-def read_arrays(path, names=None):
-    """The arrays (all, or these) of a run file, and its other data. Raises BadInput for a file that
-    is not a run of this version."""
+def load_run(path):
+    """The run in a file. Raises BadInput for a file that is not a whole run of this version."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in names or archive.files}
+            arrays = {name: archive[name] for name in archive.files}
         meta = json.loads(str(arrays["meta"]))
-        if meta.pop("format") != FORMAT:
+        if str(arrays.pop("fingerprint")) != fingerprint(arrays) or meta.pop("format") != FORMAT:
             raise ValueError
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a damaged or foreign file fails in many ways
         raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
                        "give another file") from None
-    return arrays, meta
-
-
-def run_in(path):
-    """The settings and the step of the run in a file, without its weights."""
-    _, meta = read_arrays(path, ["meta"])
-    return meta["config"], meta["step"]
-
-
-def load_run(path):
-    """The run in a file. Raises BadInput for a file that is not a whole run of this version."""
-    arrays, meta = read_arrays(path)
-    if str(arrays.pop("fingerprint", "")) != fingerprint(arrays):
-        raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
-                       "give another file")
     groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in arrays.items()
                       if name.startswith(f"{group} ")} for group in GROUPS}
     return Run(**meta, **groups, train=arrays["train"])

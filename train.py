@@ -141,11 +141,11 @@ def claim(out, run):
     that cannot be written. -> whether the finished run is there."""
     finished = os.path.lexists(out)
     if finished:
-        config, step = fc.run_in(out)
-        if config != run.config:
+        there = fc.load_run(out)
+        if there.config != run.config:
             raise fc.BadInput(f"{out} holds a run with other settings; choose another --out")
-        if step < config["steps"]:
-            raise fc.BadInput(f"{out} holds this run, stopped at step {step}; go on with "
+        if there.step < run.config["steps"]:
+            raise fc.BadInput(f"{out} holds this run, stopped at step {there.step}; go on with "
                               f"--resume {out}, or choose another --out")
     fc.save_run(out, run, keep=False)
     return finished
