@@ -3,8 +3,8 @@
     python analyze.py RUN.npz                       report, neurons and Lemma F.2, or heads
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         only draw its figure (needs matplotlib)
-    python analyze.py RUN RUN RUN ..                one line a run; --figures: margin against width
-                                                    transformers: one line a configuration; Figure 4
+    python analyze.py RUN RUN RUN ..                one line a run; transformers: one line a
+                                                    configuration, and --figures draws Figure 4
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
 """
 
@@ -12,8 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
-import shutil
 import string
 import sys
 
@@ -55,26 +53,6 @@ def run_main(main):
     sys.exit(code)
 
 
-def command(script, *words):
-    """The command that runs one of our scripts, to be pasted where it is printed."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    python = sys.executable
-    python = "python" if shutil.which("python") == python else os.path.relpath(python)
-    return " ".join(map(shell_word, (python, os.path.relpath(os.path.join(here, script)), *words)))
-
-
-def shell_word(text):
-    """A word for a shell; in bash's $'..' if the terminal cannot show it."""
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
-        shown = text.isprintable()
-    except UnicodeEncodeError:
-        shown = False
-    if shown:
-        return shlex.quote(text)
-    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + "'"
-
-
 # ---- The report: what a trained network is and does, as numbers and as text ----------------------
 
 
@@ -94,6 +72,7 @@ def report(run):
             "circuit_share": whole["circuit_share"],
             "circuit_share_at_init": at_init["circuit_share"],
             "circuit_frequencies": fc.circuit_frequencies(whole["circuit"]),
+            "circuit_positive": int((np.fft.rfft(whole["circuit"])[1:].real > 0).sum()),
             "accuracy_without_circuit": fc.evaluate(rest)["accuracy"],
             **ABOUT[model](run, whole, first, sample)}
 
@@ -193,9 +172,9 @@ def grokking(history, level=0.99):
 
 
 CIRCUIT = """\
-  circuit share        {circuit_share:.2%} of the logits' power depends on the sum alone, at init \
-{circuit_share_at_init:.2%}
-  its frequencies      {circuit_frequencies} of {frequencies_total} have 99% of its power
+  circuit share        {circuit_share:.2%} of the logits' power, at init {circuit_share_at_init:.2%}
+  its frequencies      {circuit_frequencies} of {frequencies_total} have 99% of it
+  Lemma F.2            f^(j,..,j,-j) > 0 at {circuit_positive} of {frequencies_total} frequencies
   without the circuit  {accuracy_without_circuit:.2%} are right; chance {chance:.2%}
 """
 NEURONS = """
@@ -203,8 +182,8 @@ NEURONS = """
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
 """ + CIRCUIT + """\
   live neurons         {live_neurons} of {m}
-  single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
-{single_frequency_fraction_at_init:.2%}
+  single-frequency     {single_frequency_fraction:.2%}, at init \
+{single_frequency_fraction_at_init:.2%} (> 95% of their power)
   max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}, \
 expected at random {max_normalized_power_expected:.4f}
   phase error          {phase_error:.4f} mean |theta_1 + .. + theta_k - theta_w|
@@ -212,7 +191,7 @@ expected at random {max_normalized_power_expected:.4f}
 most {margin_bound_ratio:.4f}
   efficiency           {efficiency:.4f} a neuron, its class-weighted margin over gamma*
   restricted accuracy  {restricted_accuracy:.2%} keeping only each neuron's own frequency
-  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
+  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest
   frequencies          {frequencies_used} of {frequencies_total} used, at init \
 {frequencies_used_at_init}; live single-frequency neurons of each:"""
 HEADS = """
@@ -233,7 +212,7 @@ of the power of S
 {same_frequency_at_init:.2%}
   single-frequency     {single_frequency_fraction:.2%} of heads (> 95% of all three powers)
   restricted accuracy  {restricted_accuracy:.2%} keeping only each head's own frequency
-  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest; chance {chance:.2%}
+  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest
   frequencies          {frequencies_used} of {frequencies_total} used; live heads of each, with \
 over half of all three powers there:"""
 BLOCKS = """
@@ -380,13 +359,13 @@ def strongest(size, live, frequency, count):
 def print_neurons(run, count=3):
     """Some live neurons of different frequencies: weights over 0..p-1 beside their spectra."""
     measures, vectors = fc.neuron_spectra(run.params), fc.to_host(fc.neurons(run.params))
-    spectra, norms = fc.power_spectrum(vectors, axis=1), fc.to_host(fc.neuron_norms(run.params))
+    spectra, norms = fc.power_spectrum(vectors), fc.to_host(fc.neuron_norms(run.params))
     for i in strongest(norms, measures["live"], measures["frequency"], count):
         print(f"\nneuron {i}: frequency {measures['frequency'][i]}, "
               f"{measures['concentration'][i]:.2%} of its power, phase error "
               f"{measures['phase_error'][i]:.4f}; weights | spectrum from 0")
         names = [*(f"u_{j}" for j in range(1, len(vectors))), "w"]
-        for name, x, power in zip(names, vectors[:, :, i], spectra[:, :, i]):
+        for name, x, power in zip(names, vectors[:, i], spectra[:, i]):
             print(f"  {name:4s} {bars(x)} | {bars(power, low=0)}")
 
 
@@ -400,14 +379,6 @@ def print_heads(run, lines=20):
               *(f"{x[name][h]:.3f}  " for name in SHARES))
     if len(order) > lines:
         print(f"  .. and {len(order) - lines} more live heads, all in --json")
-
-
-def print_lemma(run):
-    """Lemma F.2: S_j = f^(j,..,j,-j) is positive for every j of a max-margin network."""
-    k, p, _ = run.params["u"].shape
-    diagonal = fc.to_host(fc.neuron_dft(run.params)).sum(axis=1)[1:p // 2 + 1].real
-    print(f"\nLemma F.2: f^(j,..,j,-j) > 0 at {(diagonal > 0).sum()} of {len(diagonal)} "
-          f"frequencies; smallest over mean {diagonal.min() / diagonal.mean():.3f}")
 
 
 def print_theory(k, p):
@@ -515,7 +486,7 @@ def draw_mlp(run):
     axes = left.subplots(k + 1, 2, sharex="col")
     first = fc.new_run(run.config)
     for at, colour, shift in ((first, BEFORE, -0.2), (run, AFTER, 0.2)):
-        vectors = fc.to_host(fc.neurons(at.params)[:, :, one])
+        vectors = fc.to_host(fc.neurons(at.params)[:, one])
         vectors = vectors / abs(vectors).max(axis=1)[:, None]
         spectra = fc.power_spectrum(vectors)
         for x, spectrum, (weights, power) in zip(vectors, spectra, axes):
@@ -580,26 +551,6 @@ def draw_groups(groups, directory, name="grokking"):
     save_figure(figure, directory, name)
 
 
-def draw_widths(reports, directory):
-    """margin / gamma* against the width, a dot a run and a line through the means."""
-    reports = [r for r in reports if r.get("margin_ratio") is not None]
-    if not reports:
-        raise fc.BadInput("no run has a margin / gamma* to draw: it is for the MLP's z^k")
-    figure = new_figure(6, 4)
-    axis = figure.subplots()
-    sizes = sorted({(r["k"], r["p"]) for r in reports})
-    for (k, p), colour in zip(sizes, (AFTER, BEFORE) * len(sizes)):
-        dots = [(r["m"], r["margin_ratio"]) for r in reports if (r["k"], r["p"]) == (k, p)]
-        m, ratio = np.transpose(dots)
-        means = [ratio[m == width].mean() for width in np.unique(m)]
-        axis.plot(np.unique(m), means, color=colour, label=f"k = {k}, p = {p}")
-        axis.plot(m, ratio, "o", ms=4, color=colour)
-        axis.axvline(2 ** (2*k - 2) * (p - 1), color=colour, ls=":", lw=1)
-    axis.set(xscale="log", xlabel="neurons (dotted: the theorem's width)", ylabel="margin / gamma*")
-    axis.legend()
-    save_figure(figure, directory, "widths")
-
-
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -649,12 +600,8 @@ def look(args):
             print_neurons(run)
         elif run.config["model"] == "attention":
             print_heads(run)
-        if run.config.get("activation") == "power":
-            print_lemma(run)
     if args.figures and groups:
         draw_groups(groups, args.figures)
-    elif args.figures and several:
-        draw_widths(reports, args.figures)
 
 
 if __name__ == "__main__":

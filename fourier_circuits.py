@@ -42,7 +42,6 @@ import math
 import numbers
 import os
 import secrets
-import stat
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,11 +67,9 @@ def use_device(device):
     if device == "gpu":
         try:
             import cupy
-            reason = "" if cupy.is_available() else "CuPy sees no CUDA device"
-        except Exception as error:  # not installed, or installed without a driver
-            reason = " ".join(str(error).split())
-        if reason:
-            raise BadInput(f"no GPU can be used: {reason}; use --device cpu")
+            cupy.zeros(1)  # fails without a driver or a device
+        except Exception as error:
+            raise BadInput(f"no GPU can be used: {' '.join(str(error).split())}; use --device cpu") from None
         xp, PIECE = cupy, 2**14  # a GPU is busy only with large pieces
     return device
 
@@ -87,9 +84,8 @@ def to_host(x):
 
 def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
-    for name, value, least in (("k", k, 2), ("p", p, 2), ("m", m, 1)):
-        if value < least:
-            raise BadInput(f"{name} = {value} is too small: it must be at least {least}")
+    if k < 2 or p < 2 or m < 1:
+        raise BadInput(f"k = {k} and p = {p} must be at least 2, m = {m} at least 1")
     if k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
         raise BadInput(f"too large: {p}^{k} inputs, or {m} neurons of (k+1) p weights, exceed "
                        f"{MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
@@ -229,10 +225,11 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **_):
     Learning rate, betas, batch and warm-up are the paper's. What it leaves open was chosen on seeds
     from 100 up: the first weights, the decay that lets each neuron keep one frequency, and the
     fall of the learning rate over the second half, by which it loses what is left of the others."""
-    return {"k": k, "p": p, "m": 2 ** (2 * k - 2) * (p - 1) if m is None else m,
-            "activation": activation, "fast": False, "max_margin": False, "split": "random",
-            "train_fraction": 0.5, "steps": 2000, "batch": 1024, "init_std": 0.1, "lr": 0.005,
-            "hold": 0.5, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 1}
+    m = 2 ** (2 * k - 2) * (p - 1) if m is None else m
+    check_size(k, p, m)
+    return {"k": k, "p": p, "m": m, "activation": activation, "fast": False, "max_margin": False,
+            "split": "random", "train_fraction": 0.5, "steps": 2000, "batch": 1024, "lr": 0.005,
+            "init_std": 0.1, "hold": 0.5, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 1}
 
 
 def learning_rate(config, step):
@@ -304,18 +301,25 @@ def update(run, grads, lr, weight_decay):
 # theta = arg x^(zeta).
 
 
-def power_spectrum(x, axis=-1):  # [.., p, ..] -> [.., p // 2 + 1, ..]
+def power_spectrum(x):  # [.., p] -> [.., p // 2 + 1]
     """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
-    x = np.moveaxis(to_host(x), axis, -1)
-    j, p = np.arange(x.shape[-1] // 2 + 1), x.shape[-1]
+    x, p = to_host(x), x.shape[-1]
+    j = np.arange(p // 2 + 1)
     fold = 2 - ((j == 0) | (2 * j == p)).astype(x.dtype)  # the mean and Nyquist have no partner
-    return np.moveaxis(fold * np.abs(np.fft.rfft(x)) ** 2, -1, axis)
+    return fold * np.abs(np.fft.rfft(x)) ** 2
 
 
-def max_normalized_power(x, axis=-1):
+def max_normalized_power(x):  # [.., p] -> [..]
     """The largest share of power at a zeta >= 1, the mean included in the whole; 1 for a cosine."""
-    spectrum = np.moveaxis(power_spectrum(x, axis), axis, 0)
-    return spectrum[1:].max(axis=0) / np.maximum(spectrum.sum(axis=0), TINY)
+    spectrum = power_spectrum(x)
+    return spectrum[..., 1:].max(axis=-1) / np.maximum(spectrum.sum(axis=-1), TINY)
+
+
+def at_frequency(x, zeta):  # [.., p], int [..] -> [.., p]
+    """x, on the host, with nothing left in its last axis but the frequencies zeta."""
+    p = x.shape[-1]
+    transform = np.fft.rfft(x) * (np.arange(p // 2 + 1) == zeta[..., None])
+    return np.fft.irfft(transform, n=p).astype(x.dtype)
 
 
 def expected_max_power(p):
@@ -324,9 +328,9 @@ def expected_max_power(p):
     return sum(2 / i for i in range(1, (p + 1) // 2)) / p if p % 2 else None
 
 
-def neurons(params):  # -> [k+1, p, m]
+def neurons(params):  # -> [k+1, m, p]
     """All vectors of all neurons: u_1 .. u_k and then w."""
-    return xp.concatenate([params["u"], params["w"].T[None]])
+    return xp.concatenate([params["u"].transpose(0, 2, 1), params["w"][None]])
 
 
 def neuron_norms(params):  # -> [m]
@@ -347,11 +351,11 @@ def neuron_spectra(params):
     single [m]          live, and over 95% of the power at zeta
     summary             for a line of progress; frequencies_used counts those of single neurons"""
     vectors, norms = to_host(neurons(params)), to_host(neuron_norms(params))
-    spectrum = power_spectrum(vectors, axis=1).sum(axis=0)  # [p // 2 + 1, m]
-    zeta, each = 1 + spectrum[1:].argmax(axis=0), np.arange(len(norms))
-    concentration = spectrum[zeta, each] / np.maximum(spectrum.sum(axis=0), TINY)
-    shares = max_normalized_power(vectors, axis=1)
-    phases = np.angle(np.fft.rfft(vectors, axis=1)[:, zeta, each])
+    spectrum = power_spectrum(vectors).sum(axis=0)  # [m, p // 2 + 1]
+    zeta, each = 1 + spectrum[:, 1:].argmax(axis=1), np.arange(len(norms))
+    concentration = spectrum[each, zeta] / np.maximum(spectrum.sum(axis=1), TINY)
+    shares = max_normalized_power(vectors)
+    phases = np.angle(np.fft.rfft(vectors)[:, each, zeta])
     error = (phases[:-1].sum(axis=0) - phases[-1] + math.pi) % (2 * math.pi) - math.pi
     live = norms > 0.1 * norms.max()
     single = live & (concentration > 0.95)
@@ -367,12 +371,10 @@ def ablate(params):
     """The causal check: the network restricted to each neuron's own frequency, and the rest.
 
     -> restricted, excluded, which add up to params (after Nanda et al. 2023, arXiv 2301.05217)."""
-    vectors, zeta = to_host(neurons(params)), neuron_spectra(params)["frequency"]
-    k, p, _ = params["u"].shape
-    transform = np.fft.rfft(vectors, axis=1) * (np.arange(p // 2 + 1)[:, None] == zeta)
-    kept = np.fft.irfft(transform, n=p, axis=1).astype(vectors.dtype)
-    return [{"u": xp.asarray(v[:k]), "w": xp.asarray(v[k].T.copy())}
-            for v in (kept, vectors - kept)]
+    vectors = to_host(neurons(params))
+    kept = at_frequency(vectors, neuron_spectra(params)["frequency"])
+    return [{"u": xp.asarray(x[:-1].transpose(0, 2, 1)), "w": xp.asarray(x[-1])}
+            for x in (kept, vectors - kept)]
 
 
 def margins(logits, y):  # [n, p], [n] -> [n], [n]
@@ -390,7 +392,7 @@ def evaluate(network_pieces):
 
     right            bool [n], on the host; accuracy: their share
     loss             the mean cross-entropy
-    margin           the smallest; largest_margin
+    margin           the smallest
     circuit          g [p], the part of the logits that depends on a_1 + .. + a_k - c alone:
 
                          g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
@@ -412,8 +414,8 @@ def evaluate(network_pieces):
     margin = np.concatenate(margin)
     right, n = margin > 0, len(margin)
     return {"right": right, "accuracy": float(right.mean()), "loss": loss / n,
-            "margin": float(margin.min()), "largest_margin": float(margin.max()),
-            "circuit": g / n, "circuit_share": float(g @ g / n / (power or 1))}
+            "margin": float(margin.min()), "circuit": g / n,
+            "circuit_share": float(g @ g / n / (power or 1))}
 
 
 def circuit_frequencies(g):
@@ -612,7 +614,6 @@ def theory_check(params):
     diagonal = neuron_dft(params).sum(axis=1).real[1:]
     rows = [("norm ||theta||_{2,k+1}", norm(params), 1, 1),
             ("margin, smallest over inputs", whole["margin"], gamma, gamma),
-            ("margin, largest over inputs", whole["largest_margin"], gamma, gamma),
             ("spread over wrong classes (Cond. 3.8)", spread, 0, gamma),
             ("|f - gamma* (1{c = sum a} - 1/p)|", deviation, 0, gamma),
             ("circuit share of the logits", whole["circuit_share"], 1, 1),
@@ -682,38 +683,32 @@ def natural_scale(k, p, m):
 
 
 def fast_settings(**given):
-    """The settings of --fast, a dict: one rule for all k and p, in units of natural_scale.
+    """The settings of --fast and of --max-margin, in units of natural_scale: one rule for all k, p.
 
-    Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
-    which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
-    has the time to settle on one frequency. Then all is free: a penalty sum_i ||theta_i||^(k+1), a
-    weight decay that sets in as the loss falls (gate), a learning rate that goes to 0."""
+    --fast: up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and
+    one size, which grows (held_rms), without penalty and decay. No neuron can win by being large,
+    so each has the time to settle on one frequency. Then all is free: a penalty
+    sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls (gate), a learning rate
+    that goes to 0.
+
+    --max-margin: all of D_p at each step, a small start, the penalty, no decay. As the strength of
+    the penalty tends to 0, the normalized margin of the optimum tends to gamma* (Lemma 3.7); here
+    it is small and fixed."""
     rule = mlp_settings(**given)
     k, p, m = rule["k"], rule["p"], rule["m"]
-    check_size(k, p, m)
-    scale, equal = natural_scale(k, p, m), given.get("equal", 0.6)
+    scale, gamma = natural_scale(k, p, m), max_margin(k, p)
+    # At k >= 4 the gradients of small weights are far below the usual eps of 1e-8.
+    rule |= {"eps": 1e-20, "penalty_power": k + 1}
+    if given.get("max_margin"):
+        return rule | {"train_fraction": 1, "batch": 2**30, "steps": 500 * k, "weight_decay": 0,
+                       "init_std": 0.03 * scale, "lr": 0.06 * scale, "hold": 0,
+                       "betas": [0.95, 0.98], "penalty": 0.1 * gamma}
     # At Gaussian weights the mean square of z^k is (2k-1)!! (k std^2)^k; logits start with rms 0.1.
     start = (0.1 / math.sqrt(m * math.prod(range(1, 2 * k, 2)) * k**k)) ** (1 / (k + 1))
-    return rule | {"control_variate": "on", "equal": equal, "hold": equal,
-                   "steps": round(350 + k * p ** (k / 2) / 10), "init_std": start,
-                   "lr": 0.3 / k * scale, "weight_decay": 1.2 / (scale * (k + 1)),
-                   "eps": 1e-20,  # at k >= 4 the gradients of small weights are far below 1e-8
-                   "penalty": 0.05 * max_margin(k, p), "penalty_power": k + 1}
-
-
-def max_margin_settings(**given):
-    """The settings of --max-margin, a dict: all of D_p at each step, a small start, no decay.
-
-    As the strength of the penalty tends to 0, the normalized margin of the optimum tends to gamma*
-    (Lemma 3.7); here it is small and fixed."""
-    rule = mlp_settings(**given)
-    k, p, m = rule["k"], rule["p"], rule["m"]
-    check_size(k, p, m)
-    scale = natural_scale(k, p, m)
-    return rule | {"train_fraction": 1, "batch": 2**30, "steps": 500 * k, "init_std": 0.03 * scale,
-                   "lr": 0.06 * scale, "hold": 0, "betas": [0.95, 0.98], "weight_decay": 0,
-                   "eps": 1e-20,  # as in fast_settings
-                   "penalty": 0.1 * max_margin(k, p), "penalty_power": k + 1}
+    equal = given.get("equal", 0.6)
+    return rule | {"control_variate": "on", "equal": equal, "hold": equal, "init_std": start,
+                   "steps": round(350 + k * p ** (k / 2) / 10), "lr": 0.3 / k * scale,
+                   "weight_decay": 1.2 / (scale * (k + 1)), "penalty": 0.05 * gamma}
 
 
 def held_rms(config, step):
@@ -942,23 +937,21 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     same           the strongest frequencies of keys, tokens and classes are the same
     block_share    share of the power of S_h in its two strongest query frequencies times its two
                    strongest key frequencies: the paper's "two cosines in each dimension"
-    size           rms(S_h) rms(OV_h) over the largest; live: at least a twentieth
+    size           rms(S_h) rms(OV_h); live: at least a twentieth of the largest
     single         live, and key, token and class share are over 95%
     summary        medians over live heads, for a line of progress; frequencies_used counts those of
                    live heads that have over half of the power there in keys, tokens and classes"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
     spectrum = head_spectrum(s)
     folded = spectrum[:, u] + spectrum[:, -u] * (u != -u % s.shape[1])[:, None]  # u with -u
-    powers = (folded.sum(axis=1), power_spectrum(ov, axis=1).sum(axis=2),
-              power_spectrum(ov, axis=2).sum(axis=1))  # [H, p // 2 + 1] of keys, tokens, classes
-    strongest = [power.argmax(axis=1) for power in powers]
-    zeta, token, by_class = strongest
+    powers = (folded.sum(axis=1), power_spectrum(ov.transpose(0, 2, 1)).sum(axis=1),
+              power_spectrum(ov).sum(axis=1))  # [H, p // 2 + 1] of keys, tokens, classes
+    zeta, token, by_class = (power.argmax(axis=1) for power in powers)
     shares = [power[each, zeta] / np.maximum(power.sum(axis=1), TINY) for power in powers]
     keys, queries = (np.argsort(folded.sum(axis=i), axis=1)[:, -2:] for i in (1, 2))
     block = folded[each[:, None, None], queries[:, :, None], keys[:, None]].sum(axis=(1, 2))
     size = np.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
-    size = size / np.maximum(size.max(), TINY)
-    live, least = size >= 0.05, np.min(shares, axis=0)
+    live, least = size >= 0.05 * size.max(), np.min(shares, axis=0)
     measures = {"key_share": shares[0], "token_share": shares[1], "class_share": shares[2],
                 "block_share": block / np.maximum(folded.sum(axis=(1, 2)), TINY)}
     return {"frequency": zeta, "token_frequency": token, "size": size, "live": live, **measures,
@@ -973,13 +966,10 @@ def ablate_heads(params):
     alone, and with all that is left.
 
     -> restricted, excluded: functions of inputs a [n, k] that give logits [n, p]."""
-    s, ov = head_tables(params)
-    p, measures = s.shape[1], head_spectra(params)
-    kept = []
-    for table, axis, name in ((s, 2, "frequency"), (ov, 1, "token_frequency")):
-        transform = np.moveaxis(np.fft.rfft(table, axis=axis), axis, 1)
-        transform = transform * (np.arange(p // 2 + 1) == measures[name][:, None])[:, :, None]
-        kept.append(np.moveaxis(np.fft.irfft(transform, n=p, axis=1), 1, axis))
+    (s, ov), measures = head_tables(params), head_spectra(params)
+    tokens = ov.transpose(0, 2, 1)
+    kept = (at_frequency(s, measures["frequency"][:, None]),
+            at_frequency(tokens, measures["token_frequency"][:, None]).transpose(0, 2, 1))
     tables = [[xp.asarray(x.astype(params["E"].dtype)) for x in pair]
               for pair in (kept, (s - kept[0], ov - kept[1]))]
     return [lambda a, pair=pair: attend(*pair, params["b"], a, a[:, -1])[0] for pair in tables]
@@ -1010,15 +1000,13 @@ def init_transformer(rng, k, p, layers, heads, d_head, d_model, d_ff, init_std, 
 
 def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     """Mean 0 and variance 1, without gain or bias: the weights that read it can hold a gain."""
-    def mean(x):
-        return x.mean(axis=-1, keepdims=True)
-
-    centred = x - mean(x)
-    scale = 1 / xp.sqrt(mean(centred * centred) + eps)
+    last = {"axis": -1, "keepdims": True}
+    centred = x - x.mean(**last)
+    scale = 1 / xp.sqrt((centred * centred).mean(**last) + eps)
     z = centred * scale
 
-    def backward(dz):
-        return scale * (dz - mean(dz) - z * mean(z * dz))  # scale falls as x spreads
+    def backward(dz):  # scale falls as x spreads
+        return scale * (dz - dz.mean(**last) - z * (z * dz).mean(**last))
 
     return z, backward
 
@@ -1215,7 +1203,7 @@ NUMBERS = {  # the kind of number, the smallest, the largest
     "equal": (float, 0, 0.99), "penalty": (float, 0, 1e6), "penalty_power": (float, 1, 16),
     "layers": (int, 1, 100), "heads": (int, 1, 10**6), "d_head": (int, 1, 10**6),
     "d_model": (int, 1, 10**6), "d_ff": (int, 1, 10**6), "final_decay": (float, 0, 1),
-    "clip": (float, 1e-9, 1e9)}
+    "clip": (float, 1e-9, 1e9), "beta": (float, 0, 0.999999)}
 
 
 def checked(name, value):
@@ -1226,13 +1214,10 @@ def checked(name, value):
             raise BadInput(f"{flag} must be one of {', '.join(map(str, CHOICES[name]))}, "
                            f"not {value!r}")
         return value
-    if name == "betas":
-        if not (isinstance(value, (list, tuple)) and len(value) == 2
-                and all(isinstance(x, numbers.Real) and 0 <= x < 1 for x in value)):
-            raise BadInput(f"betas must be two numbers from 0 to below 1, not {value!r}")
-        return [float(x) for x in value]
+    if name == "betas" and isinstance(value, (list, tuple)) and len(value) == 2:
+        return [checked("beta", x) for x in value]
     if name not in NUMBERS:
-        raise BadInput(f"there is no setting {flag}")
+        raise BadInput(f"{flag} = {value!r}: there is no such setting, or value of it")
     kind, low, high = NUMBERS[name]
     number = numbers.Integral if kind is int else numbers.Real
     if not isinstance(value, number) or isinstance(value, bool) or not low <= value <= high:
@@ -1254,12 +1239,11 @@ def complete(given):
                        "activation; choose one of them, or none")
     rule = MODELS[model or "mlp"][0]
     if rule is mlp_settings and (fast or largest):
-        rule = fast_settings if fast else max_margin_settings
+        rule = fast_settings
     config = {"model": "mlp", **rule(**given), "seed": 0, "dtype": "float32"}
-    for name in given:
-        if name not in config:
-            raise BadInput(f"{name.replace('_', '-')} does not apply to this model and rule of "
-                           "training (see --help); leave it out")
+    for name in set(given) - set(config):
+        raise BadInput(f"{name.replace('_', '-')} does not apply to this model and rule of "
+                       "training (see --help); leave it out")
     config |= given
     if model == "attention" and config["split"] != "orbits":
         raise BadInput("attention cannot see the order of its inputs: its split is always orbits")
@@ -1369,8 +1353,7 @@ def whole_file(path, keep=True):
     part = os.path.join(os.path.dirname(path), f".{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(os.stat(path).st_mode):  # os.stat refuses a name that is too long
-                raise IsADirectoryError(0, "it is a directory")
+            os.close(os.open(path, os.O_WRONLY))  # refused: a directory, too long a name, ..
         with open(part, "xb") as file:
             yield file
             file.flush()

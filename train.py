@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -27,7 +28,7 @@ import time
 import numpy as np
 
 import fourier_circuits as fc
-from analyze import MEASURES, Parser, command, print_report, report, run_main, share
+from analyze import MEASURES, Parser, print_report, report, run_main, share
 
 # The published sizes; Figures 2, 6, 8 show 1, 5, 7 again. How Figures 1 to 8 were trained is not
 # published in full: here 1, 5, 7 train by --fast, and 4 has the paper's betas and clips nothing.
@@ -188,6 +189,26 @@ def train(run, out, save_every, again, finished):
                 raise
             if stop and not last:
                 sys.exit(128 + received[0])
+
+
+def command(script, *words):
+    """The command that runs one of our scripts, to be pasted where it is printed."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    python = sys.executable
+    python = "python" if shutil.which("python") == python else os.path.relpath(python)
+    return " ".join(map(shell_word, (python, os.path.relpath(os.path.join(here, script)), *words)))
+
+
+def shell_word(text):
+    """A word for a shell; in bash's $'..' if the terminal cannot show it."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+        shown = text.isprintable()
+    except UnicodeEncodeError:
+        shown = False
+    if shown:
+        return shlex.quote(text)
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + "'"
 
 
 def benchmark(config):
