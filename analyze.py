@@ -1,6 +1,6 @@
 """Look into trained runs, and check the theory's networks on all inputs.
 
-    python analyze.py RUN.npz                       report, neurons and Lemma F.2, or heads
+    python analyze.py RUN.npz                       the report, and neurons as text
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         only draw its figure (needs matplotlib)
     python analyze.py RUN RUN RUN ..                one line a run; transformers: one line a
@@ -130,7 +130,6 @@ def report_heads(run, whole, first, sample):
                    f"single_frequency_fraction{ending}": float(x["single"][part].mean())}
     each = {name: measures[name].tolist() for name in ("live", "size", "frequency", *SHARES)}
     return {**measures["summary"], **result,
-            "key_share_deciles": np.quantile(measures["key_share"][live], (0.1, 0.9)).tolist(),
             "fresh_accuracy": mean(right, test), "distinct_accuracy": mean(right, test & ~equal),
             "collision_accuracy": mean(right, test & equal),
             "frequency_histogram": histogram(measures["frequency"][measures["used"]], p),
@@ -182,8 +181,8 @@ NEURONS = """
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
 """ + CIRCUIT + """\
   live neurons         {live_neurons} of {m}
-  single-frequency     {single_frequency_fraction:.2%}, at init \
-{single_frequency_fraction_at_init:.2%} (> 95% of their power)
+  single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
+{single_frequency_fraction_at_init:.2%}
   max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}, \
 expected at random {max_normalized_power_expected:.4f}
   phase error          {phase_error:.4f} mean |theta_1 + .. + theta_k - theta_w|
@@ -199,17 +198,12 @@ HEADS = """
   accuracy             train {train_accuracy:.2%}, held-out orbits {fresh_accuracy:.2%}
   of the held-out      keys distinct {distinct_accuracy:.2%}, collisions {collision_accuracy:.2%}
 """ + CIRCUIT + """\
-  live heads           {live_heads} of {heads}; medians over them, at init, at random:
-    power of keys      {key_share:.3f}, {key_share_at_init:.3f}, {key_share_at_random:.3f} at the \
-head's frequency (10 and 90% of heads: {key_share_deciles:.3f})
-    power of tokens    {token_share:.3f}, {token_share_at_init:.3f}, {token_share_at_random:.3f} \
-there, in OV
-    power of classes   {class_share:.3f}, {class_share_at_init:.3f}, {class_share_at_random:.3f} \
-there, in OV
-    2 x 2 frequencies  {block_share:.3f}, {block_share_at_init:.3f}, {block_share_at_random:.3f} \
-of the power of S
-  same frequency       {same_frequency:.2%} of heads in keys, tokens and classes, at init \
-{same_frequency_at_init:.2%}
+  live heads           {live_heads} of {heads}; their medians:
+    power of keys      {key_share:.3f} at the head's frequency, at init {key_share_at_init:.3f}
+    power of tokens    {token_share:.3f} there, in OV, at init {token_share_at_init:.3f}
+    power of classes   {class_share:.3f} there, in OV, at init {class_share_at_init:.3f}
+    2 x 2 frequencies  {block_share:.3f} of the power of S, at init {block_share_at_init:.3f}
+  same frequency       {same_frequency:.2%} in all three, at init {same_frequency_at_init:.2%}
   single-frequency     {single_frequency_fraction:.2%} of heads (> 95% of all three powers)
   restricted accuracy  {restricted_accuracy:.2%} keeping only each head's own frequency
   excluded accuracy    {excluded_accuracy:.2%} keeping only the rest
@@ -220,10 +214,8 @@ BLOCKS = """
 d_ff {d_ff}, seed {seed}
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
 """ + CIRCUIT + """\
-  neurons of the last  {neurons_active} of {d_ff} active at the last position, {neurons_single} \
-of them single: over 85%
-    of one frequency   {neuron_share:.3f} of the variance, median; at init \
-{neuron_share_at_init:.3f}
+  neurons at the end   {neurons_active} of {d_ff} active, {neurons_single} of them single (> 85%)
+    at one frequency   {neuron_share:.3f} of the variance, at init {neuron_share_at_init:.3f}
   99% of train         at step {steps_to_train} (-: not reached)
   99% of test          at step {steps_to_test}
   train - test gap     largest {largest_gap:.3f}, area {gap_area:.0f} steps"""
@@ -369,18 +361,6 @@ def print_neurons(run, count=3):
             print(f"  {name:4s} {bars(x)} | {bars(power, low=0)}")
 
 
-def print_heads(run, lines=20):
-    """The strongest live heads, a line each."""
-    x = fc.head_spectra(run.params)
-    print("\n head  size   frequency, its share of the power of keys, tokens, classes; 2 x 2")
-    order = np.argsort(-x["size"])[:x["live"].sum()]
-    for h in order[:lines]:
-        print(f" {h:4d} {x['size'][h]:5.3f}  {x['frequency'][h]:5d}     ",
-              *(f"{x[name][h]:.3f}  " for name in SHARES))
-    if len(order) > lines:
-        print(f"  .. and {len(order) - lines} more live heads, all in --json")
-
-
 def print_theory(k, p):
     """Both networks against Theorem 4.1 on all p^k inputs."""
     networks = {"the rotated": fc.rotated_network(k, p)}
@@ -411,12 +391,10 @@ def drawing():
     backend = os.environ.pop("MPLBACKEND", None)  # we need none, and it may not be there
     try:
         import matplotlib.figure
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise fc.BadInput(f"matplotlib cannot be imported: {error}") from None
-        raise fc.BadInput("figures need matplotlib: pip install matplotlib") from None
     except Exception as error:
-        raise fc.BadInput(f"matplotlib cannot be imported: {error}") from None
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
+        raise fc.BadInput("figures need matplotlib: pip install matplotlib" if missing else
+                          f"matplotlib cannot be imported: {error}") from None
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
@@ -598,8 +576,6 @@ def look(args):
         print_report(reports[0])
         if run.config["model"] == "mlp":
             print_neurons(run)
-        elif run.config["model"] == "attention":
-            print_heads(run)
     if args.figures and groups:
         draw_groups(groups, args.figures)
 

@@ -69,7 +69,8 @@ def use_device(device):
             import cupy
             cupy.zeros(1)  # fails without a driver or a device
         except Exception as error:
-            raise BadInput(f"no GPU can be used: {' '.join(str(error).split())}; use --device cpu") from None
+            reason = " ".join(str(error).split())
+            raise BadInput(f"no GPU can be used: {reason}; use --device cpu") from None
         xp, PIECE = cupy, 2**14  # a GPU is busy only with large pieces
     return device
 
@@ -741,11 +742,10 @@ def fast_step(run):
     """train_step for --fast and --max-margin: control variate, held sizes, penalty, gated decay."""
     config, params, p = run.config, run.params, run.config["p"]
     a = next_batch(run)
+    network = mlp
     if config.get("control_variate") == "on":
-        network_pieces = ((piece, *mlp_with_control_variate(params, piece, run.coefficient, len(a)))
-                          for piece in pieces(a, PIECE))
-    else:
-        network_pieces = mlp_pieces(params, a)
+        network = functools.partial(mlp_with_control_variate, coefficient=run.coefficient, n=len(a))
+    network_pieces = ((piece, *network(params, piece)) for piece in pieces(a, PIECE))
     loss, grads, doubt = loss_and_gradients(network_pieces, len(a))
     # By least squares -coefficient (onehot - 1/p) comes closest to softmax - onehot at p/(p-1)
     # times the mean of 1 - softmax[y]: 1 for a network that guesses, 0 for one that knows. It is
@@ -1259,14 +1259,12 @@ def complete(given):
 def network_pieces(config, params, a=None):
     """The network on inputs a [n, k], or on all of D_p in order (None), in pieces.
 
-    Yields (inputs, logits, backward) of each piece."""
+    -> an iterator of (inputs, logits, backward) of each piece."""
     if config["model"] == "mlp":
-        yield from mlp_pieces(params, a, config["activation"])
-    else:
-        network = MODELS[config["model"]][2]
-        a = all_inputs(config["k"], config["p"]) if a is None else a
-        for piece in pieces(a, 8 * PIECE):
-            yield piece, *network(params, piece)
+        return mlp_pieces(params, a, config["activation"])
+    network = MODELS[config["model"]][2]
+    a = all_inputs(config["k"], config["p"]) if a is None else a
+    return ((piece, *network(params, piece)) for piece in pieces(a, 8 * PIECE))
 
 
 @dataclass(eq=False)

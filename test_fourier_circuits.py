@@ -1068,7 +1068,7 @@ TINY = "--k 2 --p 7 --steps 60 --batch 16"
     ("--model attention --k 3 --p 7 --heads 9 --steps 60 --seed 1", "attention-k3-p7-seed1",
      "held-out orbits|collisions|circuit share|power of keys|same frequency|2 x 2"),
     (f"{TINY} --model transformer --layers 1", "transformer-k2-p7-seed0",
-     "99% of test|gap|circuit share|neurons of the last")])
+     "99% of test|gap|circuit share|neurons at the end")])
 def test_train_then_analyze(flags, name, words, tmp_path, monkeypatch, capsys):
     """The report at the end of training, again, with more; and as JSON."""
     monkeypatch.chdir(tmp_path)
