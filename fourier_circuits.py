@@ -826,15 +826,15 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
     query counts rows of S_h; key its columns, and rows of OV_h. The pairs (input, place) that have
     one token make a small product; a dense product with one-hot rows takes several times as long.
     -> y, backward(dy) -> dS, dOV, db."""
-    n, j = key.shape
+    (n, j), heads, classes = key.shape, len(s), ov.shape[2]
     token = key.reshape(-1)
     pairs = [xp.flatnonzero(token == t) for t in range(s.shape[2])]  # those that have token t
     score = s.transpose(1, 2, 0)[query[:, None], key]  # [n, j, H]
     score[:, -1] += b
     A = xp.exp(score - score.max(axis=1, keepdims=True))
     A /= A.sum(axis=1, keepdims=True)
-    weight = A.reshape(n * j, -1)
-    y = xp.empty((n * j, ov.shape[2]), s.dtype)
+    weight = A.reshape(n * j, heads)
+    y = xp.empty((n * j, classes), s.dtype)
     for t, pair in enumerate(pairs):
         y[pair] = weight[pair] @ ov[:, t]
 
@@ -846,18 +846,18 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
             dweight[pair] = d @ ov[:, t].T
             dov[:, t] = weight[pair].T @ d
         # A = softmax(score)
-        dA = dweight.reshape(n, j, -1)
+        dA = dweight.reshape(n, j, heads)
         dscore = A * (dA - (A * dA).sum(axis=1, keepdims=True))
         # score[:, -1] += b
         db = dscore[:, -1].sum(axis=0)
         # score = s[query, key]
-        dscore, ds = dscore.reshape(n * j, -1), xp.empty_like(s)
+        dscore, ds = dscore.reshape(n * j, heads), xp.empty_like(s)
         onehot = xp.eye(s.shape[1], dtype=s.dtype)[query]
         for t, pair in enumerate(pairs):
             ds[:, :, t] = dscore[pair].T @ onehot[pair // j]
         return ds, dov, db
 
-    return y.reshape(n, j, -1).sum(axis=1), backward
+    return y.reshape(n, j, classes).sum(axis=1), backward
 
 
 def attention(params, a):  # [n, k] -> [n, p]
@@ -1030,14 +1030,14 @@ def first_attention(table, weights, a, p, last):  # [k p, d], .., [n, k] -> [n, 
                                 key.repeat(each, axis=0), query)
 
     def backward(dx):
-        dx = dx.reshape(n * each, -1)
+        dx = dx.reshape(n * each, table.shape[1])
         ds, dov, _ = attend_backward(dx)
         dz, dweights = circuits_backward(ds, dov)
         # x = table[query] + ..
         onehot = xp.eye(k * p, dtype=table.dtype)[query]
         return norm_backward(dz) + onehot.T @ dx, dweights
 
-    return (table[query] + y).reshape(n, each, -1), backward
+    return (table[query] + y).reshape(n, each, table.shape[1]), backward
 
 
 def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [n, 1, d] if last
@@ -1369,7 +1369,7 @@ def save_run(path, run, keep=True):
     """Write a run to an .npz file, whole or not at all. keep=False: only try whether it would work.
 
     Raises BadInput if it does not, or if the file holds another run, or more of this one."""
-    if keep and os.path.lexists(path):
+    if keep and os.path.exists(path):
         there = load_run(path)
         if there.config != run.config or there.step > run.step:
             raise BadInput(f"{path} holds another run, or more of this one; choose another --out")

@@ -5,14 +5,17 @@
 import copy
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -486,14 +489,10 @@ def test_control_variate_as_displayed(coefficient, most):
     logits, backward = fc.mlp(params, a)
     assert loss == pytest.approx(fc.cross_entropy(logits, fc.labels(a, p))[0], rel=1e-12)
     soft, onehot = softmax(logits, 1), np.eye(p)[fc.labels(a, p)]
-    expected = backward((soft - onehot + coefficient * (onehot - 1 / p)) / n)
-    x = np.stack([params["u"][j][a[:, j]] for j in range(k)])
-    toward = -coefficient * 6 / n * (onehot - 1 / p)
-    expected["w"] += x.prod(axis=0).T @ toward
-    for j in range(k):
-        others = np.delete(x, j, axis=0).prod(axis=0)
-        expected["u"][j] += np.eye(p)[a[:, j]].T @ (others * (toward @ params["w"].T))
-    assert close(gradients, expected, abs=1e-11)
+    whole, extra = fc.mlp_with_control_variate(params, a, coefficient, n)
+    assert (whole == logits).all()
+    assert close(gradients, extra((soft - onehot) / n), abs=1e-11)
+    assert coefficient or close(gradients, backward((soft - onehot) / n), abs=1e-11)
     assert doubt == pytest.approx(1 - (soft * onehot).sum() / n, rel=1e-12)
     fitted = np.linalg.lstsq((onehot - 1 / p).reshape(-1, 1), (onehot - soft).ravel())[0][0]
     assert p / (p - 1) * doubt == pytest.approx(fitted, rel=1e-12)
@@ -684,25 +683,6 @@ def test_ablate(p):
     assert fc.power_spectrum(fc.neurons(rest))[:, np.arange(5), zeta].max() < 1e-25
     best = fc.rotated_network(2, p)
     assert close(fc.ablate(best)[0], best, abs=1e-15)
-
-
-def test_lottery_and_aligned_cosines_of_the_lab_book():
-    """The strongest product u^_1 .. u^_k w^ of a neuron is at the frequency that was planted; and
-    cosines whose phases are set right have margin gamma* again."""
-    start, zeta = gaussian(3, 11, 20, init_std=0.1), 1 + np.arange(20) % 5
-    wave = np.cos(2 * np.pi * zeta * np.arange(11)[:, None] / 11)
-    start = {"u": start["u"] + wave, "w": start["w"] + wave.T}
-    assert (1 + abs(fc.neuron_dft(start))[1:6].argmax(axis=0) == zeta).all()
-    best, turn = fc.rotated_network(3, 11), rng().uniform(-1, 1, 80)[:, None]
-
-    def rotate(w, by):
-        return np.fft.irfft(np.fft.rfft(w, axis=1) * np.exp(1j * by), n=11, axis=1)
-
-    wrong = {"u": best["u"], "w": rotate(best["w"], turn)}
-    phases = fc.neuron_spectra(wrong)["phases"]
-    right = wrong | {"w": rotate(wrong["w"], (phases[:-1].sum(axis=0) - phases[-1])[:, None])}
-    ratios = [fc.normalized_margin(params) / fc.max_margin(3, 11) for params in (wrong, right)]
-    assert ratios[0] < 0.9 and ratios[1] == pytest.approx(1, rel=1e-12)
 
 
 # ---- The circuit, in every network ---------------------------------------------------------------
@@ -1201,11 +1181,10 @@ def test_bad_flags(module, argv, tmp_path, capsys, monkeypatch):
 
 
 def test_without_a_gpu_or_matplotlib(capsys, monkeypatch, tmp_path):
-    def no_driver():
+    def no_driver(shape):
         raise RuntimeError("cudaErrorInsufficientDriver:\nCUDA driver version is insufficient")
 
-    for cupy in (types.SimpleNamespace(is_available=lambda: False), None,  # None: not installed
-                 types.SimpleNamespace(is_available=no_driver)):
+    for cupy in (types.SimpleNamespace(zeros=no_driver), None):  # None: not installed
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         assert "no GPU" in refused(capsys, monkeypatch, train, "--device", "gpu")
         assert fc.use_device("cpu") == "cpu"
@@ -1224,11 +1203,9 @@ def test_changed_files(tmp_path, capsys, monkeypatch):
     np.savez(path, **arrays)
     assert_same(fc.load_run(path), whole)
     changes = [{name: None} for name in arrays]
-    changes += [{name: x.reshape(1, *x.shape)} for name, x in arrays.items()]
-    changes += [{name: x.astype("f8")} for name, x in arrays.items() if x.dtype == "f4"]
     changes += [{"params w": np.nextafter(arrays["params w"], np.float32(1))},
-                {"extra": np.ones(1)}, {"train": ~arrays["train"]}, {"meta": np.array([object()])},
-                {"meta": np.array(text.replace('"step": 10', '"step": 11'))}, dict.fromkeys(arrays)]
+                {"params u": arrays["params u"].astype("f8")}, {"train": arrays["train"][None]},
+                {"extra": np.ones(1)}, {"meta": np.array([object()])}, dict.fromkeys(arrays)]
     other = {**arrays, "meta": np.array(text.replace(fc.FORMAT, "fourier-circuits run, format 4"))}
     del other["fingerprint"]
     changes += [other | {"fingerprint": fc.fingerprint(other)}]
@@ -1279,6 +1256,221 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys, monkeypatch):
     with pytest.raises(fc.BadInput, match="No space left"):
         fc.save_run(path, advance(small_run(), 20))
     assert os.listdir(tmp_path) == ["run.npz"] and path.read_bytes() == before
+
+# ---- What happened to users of other programs ----------------------------------------------------
+
+
+def settings_of(error, **given):
+    with pytest.raises(fc.BadInput, match=error):
+        fc.complete(given)
+
+
+def test_settings_from_python_are_checked_as_flags_are():
+    for error, given in (("activation", {"activation": "tanh"}), ("no such", {"betas": [0.9]}),
+                         ("one of on, off", {"fast": True, "control_variate": True}),
+                         ("whole number", {"k": 3.5}), ("whole number", {"k": True}),
+                         ("number from", {"lr": float("nan")}), ("number from", {"lr": "1"}),
+                         ("no such", {"steeps": 3}), ("number from", {"betas": [0.9, 1.0]}),
+                         ("one of", {"fast": 1}), ("number from", {"seed": -1})):
+        settings_of(error, **given)
+    assert type(fc.complete({"k": np.int64(3), "lr": 1})["lr"]) is float
+    assert json.dumps(fc.complete({"k": np.int64(3), "betas": (0.5, 0.5)}))
+
+
+@pytest.mark.parametrize("name", ["power", "relu", "attention", "2 layers"])
+def test_no_inputs_no_logits(name):
+    params, network, _, a = small_network(name, 3, 5)
+    logits, backward = network(params, a[:0])
+    assert logits.shape == (0, 5) and all((d == 0).all() for d in backward(logits).values())
+    assert small_run() != small_run() and (lambda run: run == run)(small_run())
+
+
+def test_a_finished_run_is_not_replaced_by_less(tmp_path, monkeypatch, capsys):
+    """The same command again, stopped: the file is as it was. Neither by an older writer."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY.split(), "--out", "run.npz", "--save-every", "10"]
+    assert train.main(argv) == 0
+    before, step = (tmp_path / "run.npz").read_bytes(), fc.train_step
+
+    def stopped(run):
+        step(run)
+        if run.step == 25:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(fc, "train_step", stopped)
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 130 and "keeps the finished run" in capsys.readouterr().out
+    early = fc.new_run(fc.load_run("run.npz").config)
+    with pytest.raises(fc.BadInput, match="more of this one"):
+        fc.save_run("run.npz", early)
+    assert (tmp_path / "run.npz").read_bytes() == before and os.listdir() == ["run.npz"]
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, monkeypatch, capsys):
+    """Names, places; a file of somebody else's beside ours stays; a link stays a link."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fc, "train_step", lambda run: pytest.fail("trained"))
+    for out in (300 * "x", "missing/x.npz", "."):
+        refused(capsys, monkeypatch, train, *TINY.split(), "--out", out)
+    assert not os.listdir()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    fc.save_run("stopped.npz", advance(small_run(), 10))
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(fc.os, "open", denied)
+    assert "denied" in refused(capsys, monkeypatch, train, "--resume", "stopped.npz")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real.npz.part").write_text("not ours")
+    os.symlink("real.npz", "link.npz")
+    long = 250 * "x"
+    for out in ("link.npz", long):
+        assert train.main([*TINY.split(), "--out", out]) == 0
+    assert os.path.islink("link.npz") and fc.load_run("real.npz").step == 60
+    assert (tmp_path / "real.npz.part").read_text() == "not ours"
+    assert set(os.listdir()) == {"stopped.npz", "real.npz.part", "link.npz", "real.npz", long}
+
+
+def test_two_writers_and_a_reader(tmp_path):
+    """Threads that save the same run again and again; each reading finds it whole."""
+    path, run = tmp_path / "run.npz", advance(small_run(), 10)
+    fc.save_run(path, run)
+    writers = [threading.Thread(target=lambda: [fc.save_run(path, run) for _ in range(20)])
+               for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert_same(fc.load_run(path), run)
+    assert os.listdir(tmp_path) == ["run.npz"]
+
+
+class Output(io.StringIO):
+    """A terminal, or a pipe whose reader leaves after some writes."""
+
+    def __init__(self, writes=10**9, terminal=False):
+        super().__init__()
+        self.writes, self.isatty = writes, lambda: terminal
+
+    def write(self, text):
+        self.writes -= 1
+        if self.writes < 0:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_output_that_fails_loses_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Output(writes=4))
+    with pytest.raises(BrokenPipeError):
+        train.main(TINY.split())
+    assert 0 < fc.load_run("mlp-k2-p7-seed0.npz").step < 60
+    for output in ("| true", ">/dev/full", ">&-"):
+        line = f"{sys.executable} {HERE}/analyze.py mlp-k2-p7-seed0.npz {output}"
+        done = subprocess.run(["bash", "-c", f"{line}; echo ${{PIPESTATUS[0]}}"], text=True,
+                              capture_output=True)
+        assert not done.stderr and done.stdout.strip() in ("0", "1")
+
+
+def test_main_in_a_thread_and_without_a_terminal(tmp_path, monkeypatch):
+    """Signals belong to the main thread; they are as before afterwards, also after an error; an
+    ignored one stays ignored."""
+    monkeypatch.chdir(tmp_path)
+    codes = []
+    for number, stdout in enumerate((None, Output(), Output(terminal=True))):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        thread = threading.Thread(target=lambda: codes.append(
+            train.main([*TINY.split(), "--out", f"{number}.npz"])))
+        thread.start()
+        thread.join()
+    assert codes == [0, 0, 0]
+    usual = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(fc, "train_step", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main([*TINY.split(), "--out", "3.npz"])
+    assert signal.getsignal(signal.SIGINT) is usual
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with train.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+
+
+def test_a_message_begins_on_a_line_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = Output(terminal=True)
+    monkeypatch.setattr(sys, "stdout", shown)
+    with pytest.raises(fc.BadInput, match="overflowed"):
+        train.main("--k 3 --p 5 --lr 1000 --init-std 5 --steps 2000".split())
+    text = shown.getvalue()
+    assert not text or "\r" in text and text.endswith("\n")
+
+
+def test_commands_work_where_they_are_printed(tmp_path, monkeypatch):
+    """From another directory, with a name like a flag, with one that the terminal cannot show."""
+    monkeypatch.chdir(tmp_path)
+    shown = types.SimpleNamespace(encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    for name in ("-x.npz", "a b'c.npz", "\u00fc\n.npz", "\udcff.npz"):
+        monkeypatch.setattr(sys, "stdout", Output())
+        assert train.main([*TINY.split(), f"--out={name}"]) == 0
+        printed = sys.stdout.getvalue().splitlines()[-1]
+        monkeypatch.setattr(sys, "stdout", shown)
+        line = train.command("analyze.py", os.path.join(".", name))
+        assert line.isascii() and line.isprintable()
+        for text in {line} | ({printed} if printed.isascii() else set()):
+            assert subprocess.run(["bash", "-c", text], capture_output=True).returncode == 0
+
+
+def test_no_share_is_rounded_up_to_all_or_down_to_nothing():
+    for x, form, text in ((25325 / 25326, ".2%", "99.99%"), (1e-9, ".2%", "0.01%"),
+                          (0.9999, "5.3f", "0.999"), (1e-9, "5.3f", "0.001"), (1, ".2%", "100.00%"),
+                          (0, ".2%", "0.00%"), (0.5, "7.2%", " 50.00%")):
+        assert analyze.share(x, form) == text
+    text = analyze.Text().format("{:.2%} {:.1f} {:.2%}", None, [1, 2], 0.99999)
+    assert text == "- 1.0, 2.0 99.99%"
+
+
+def test_advice_where_plain_training_falls_short():
+    r = {"model": "mlp", "fast": False, "max_margin": False, "activation": "power", "p": 47}
+    for train_accuracy, test_accuracy, words in (
+            (0.02, 0.02, "--batch"), (0.62, 0.59, "--steps"), (1, 0.28, "--train-fraction")):
+        r |= {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
+        said = analyze.advice(r)
+        assert words in said and "--fast" in said
+    assert analyze.advice(r | {"train_accuracy": 1, "test_accuracy": 1}) is None
+    assert analyze.advice(r | {"fast": True, "train_accuracy": 0, "test_accuracy": 0}) is None
+
+
+def test_figures_do_not_depend_on_the_user(tmp_path, monkeypatch):
+    """The same bytes under another style; and the user's settings are as before."""
+    matplotlib = pytest.importorskip("matplotlib")
+    fc.save_run(tmp_path / "run.npz", advance(small_run(), 10))
+    drawn = []
+    for change in ({}, {"text.usetex": True, "figure.facecolor": "black", "font.size": 30}):
+        with matplotlib.rc_context(change):
+            monkeypatch.setenv("MPLBACKEND", "module://nowhere")
+            before = dict(matplotlib.rcParams)
+            analyze.main([str(tmp_path / "run.npz"), "--figures", str(tmp_path)])
+            assert dict(matplotlib.rcParams) == before
+            assert os.environ["MPLBACKEND"] == "module://nowhere"
+        drawn.append((tmp_path / "run.png").read_bytes())
+    assert drawn[0] == drawn[1]
+
+
+def test_the_readme_s_python(capsys):
+    """The whole algorithm, with fewer steps, and the six lines of theory, as they stand there."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        algorithm, theory = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    exec(algorithm.replace("steps = 3, 23, 352, 2000", "steps = 3, 23, 352, 300"), {})
+    text = capsys.readouterr().out
+    assert float(re.search(r"test (\d+\.\d+)%", text)[1]) > 95 and "live 352" in text
+    exec(theory, {})
+    assert [float(x) for x in capsys.readouterr().out.split()] == pytest.approx([1, 1], rel=1e-12)
+
 
 # ---- A stand-in for CuPy -------------------------------------------------------------------------
 # Its own array class, no conversion to or from numpy behind one's back, only functions and keywords
@@ -1353,7 +1545,7 @@ for answer, words in (
 
 def stand_in():
     module = types.SimpleNamespace(
-        is_available=lambda: True, inf=np.inf, asarray=lambda x: Array(x.copy()),
+        inf=np.inf, asarray=lambda x: Array(x.copy()),
         asnumpy=lambda x: x.hidden.copy(), fft=types.SimpleNamespace())
     for name, keywords in CUPY.items():
         *inside, last = name.split(".")
@@ -1405,8 +1597,12 @@ def test_real_cupy_has_what_the_stand_in_has():
 
 @pytest.mark.parametrize("settings", [{}, ATTENTION, DEEP])
 def test_real_cupy_on_a_gpu(settings):
-    if not pytest.importorskip("cupy").is_available():
-        pytest.skip("no GPU here")
+    pytest.importorskip("cupy")
+    try:
+        fc.use_device("gpu")
+    except fc.BadInput as error:
+        pytest.skip(str(error))
+    fc.use_device("cpu")
     expected = advance(small_run(dtype="float64", **settings), 20)
     assert fc.use_device("gpu") == "gpu"
     run = advance(small_run(dtype="float64", **settings), 20)

@@ -140,7 +140,7 @@ def stop_signals():
 def claim(out, run):
     """Refuse, before any work, an --out that holds something else than this very run, finished, or
     that cannot be written. -> whether the finished run is there."""
-    finished = os.path.lexists(out)
+    finished = os.path.exists(out)
     if finished:
         there = fc.load_run(out)
         if there.config != run.config:
@@ -272,7 +272,7 @@ def main(argv):
     if not resume:
         run = fc.new_run(config)
         finished = claim(out, run)
-    elif os.path.lexists(out) and os.path.realpath(out) != os.path.realpath(resume):
+    elif os.path.exists(out) and os.path.realpath(out) != os.path.realpath(resume):
         raise fc.BadInput(f"{out} exists; choose another --out")
     else:
         fc.save_run(out, run, keep=False)
