@@ -10,6 +10,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import string
@@ -23,8 +24,23 @@ import fourier_circuits as fc
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line."""
 
+    def parse_args(self, argv):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if value == [] and name != "runs":  # what argparse makes of --name=--
+                self.error(f"--{name} needs a value")
+        return args
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        complain(f"{self.prog}: {message}; see --help")
+        sys.exit(2)
+
+
+def complain(text):
+    """Print one line to stderr, if there is one."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print("".join(x if x.isprintable() else "?" for x in text), file=sys.stderr)
 
 
 def run_main(main):
@@ -40,16 +56,17 @@ def run_main(main):
             sys.stdout.flush()
         sys.exit(code)
     except fc.BadInput as error:
-        problem, code = str(error), 2
+        problem, code = error, 2
     except MemoryError:
         problem, code = "out of memory; take a smaller k, p, batch or network", 2
     except KeyboardInterrupt:
         problem, code = "interrupted", 130
-    except OSError:  # files are written and read under BadInput: it is the output that failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    problem = "".join(x if x.isprintable() else "?" for x in problem)
-    print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr)
+    except OSError as error:
+        problem, code = error, 2
+        if error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):  # of the output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+    complain(f"{os.path.basename(sys.argv[0])}: {problem}")
     sys.exit(code)
 
 
@@ -419,7 +436,7 @@ def save_figure(figure, directory, name):
         raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
     with fc.whole_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
-    print(path, file=sys.stderr)
+    complain(path)
 
 
 def draw_curve(axis, runs, key, label, colour):
@@ -456,7 +473,8 @@ def draw(run, name, directory):
 def draw_mlp(run):
     """The paper's Figures 1 and 2: a neuron and its spectra, frequencies, power; before, after."""
     measures, k, p = fc.neuron_spectra(run.params), run.config["k"], run.config["p"]
-    live, purity = np.flatnonzero(measures["live"]), measures["concentration"]
+    live, purity = measures["live"], measures["concentration"]
+    live = np.flatnonzero(live | ~live.any())  # of a network of zeros, all
     pure = live[purity[live] >= np.median(purity[live])]
     one = pure[np.argmin(np.abs(measures["frequency"][pure] - 2))]  # a wave that the eye can see
     figure, zeta = new_figure(10, 1.1 * (k + 1) + 0.6), np.arange(p // 2 + 1)
@@ -565,6 +583,8 @@ def look(args):
             return
     blocks = all(run.config["model"] == "transformer" for run in runs)
     groups = group_runs(runs) if several and blocks else {}
+    if args.figures and groups:
+        draw_groups(groups, args.figures)
     reports = [report(run) for run in runs] if args.json or not groups else []
     if args.json:
         print(json.dumps(reports if several else reports[0], indent=2))
@@ -576,8 +596,6 @@ def look(args):
         print_report(reports[0])
         if run.config["model"] == "mlp":
             print_neurons(run)
-    if args.figures and groups:
-        draw_groups(groups, args.figures)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
     if k < 2 or p < 2 or m < 1:
         raise BadInput(f"k = {k} and p = {p} must be at least 2, m = {m} at least 1")
-    if k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
-        raise BadInput(f"too large: {p}^{k} inputs, or {m} neurons of (k+1) p weights, exceed "
-                       f"{MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
+    if k > 200 or k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
+        raise BadInput(f"too large: k = {k}, p = {p} have p^k inputs, m neurons (k+1) p weights; "
+                       f"they exceed {MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
 
 
 def digits(index, k, p):  # [n] -> [n, k]
@@ -532,6 +532,7 @@ def paper_network(k, p):
         2^k k! d_1 .. d_k = sum over signs s of s_1 .. s_k (s_1 d_1 + .. + s_k d_k)^k   (Lemma E.1)
 
     where s and -s give the same. Raises BadInput for even p, which the paper leaves out."""
+    check_size(k, p)  # before 2^k is computed
     check_size(k, p, 2 ** (2 * k - 2) * (p - 1))
     if p % 2 == 0:
         raise BadInput(f"the paper's network is for odd p, not {p}; rotated_network takes any p")
@@ -563,6 +564,7 @@ def rotated_network(k, p):
     So only r = 0 is left, with its conjugate: cos(x_1 + .. + x_k - y). For even p (2, parity, is
     one) there are (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) of the Nyquist frequency p/2, where
     cos(x_j) = (-1)^a_j and nothing needs to be turned."""
+    check_size(k, p)
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
     amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
@@ -1351,7 +1353,7 @@ def whole_file(path, keep=True):
     part = os.path.join(os.path.dirname(path), f".{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(path, os.O_WRONLY))  # refused: a directory, too long a name, ..
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # a directory, a pipe, ..
         with open(part, "xb") as file:
             yield file
             file.flush()
@@ -1384,17 +1386,19 @@ def save_run(path, run, keep=True):
 
 def load_run(path):
     """The run in a file. Raises BadInput for a file that is not a whole run of this version."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput(f"{path} is not a file")
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         meta = json.loads(str(arrays["meta"]))
         if str(arrays.pop("fingerprint")) != fingerprint(arrays) or meta.pop("format") != FORMAT:
             raise ValueError
+        groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in
+                          arrays.items() if name.startswith(f"{group} ")} for group in GROUPS}
+        return Run(**meta, **groups, train=arrays["train"])
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a damaged or foreign file fails in many ways
         raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
                        "give another file") from None
-    groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in arrays.items()
-                      if name.startswith(f"{group} ")} for group in GROUPS}
-    return Run(**meta, **groups, train=arrays["train"])

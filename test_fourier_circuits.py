@@ -1114,6 +1114,8 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(number, tmp_path, mon
     assert_same(fc.load_run("c.npz"), fc.load_run("whole.npz"))
     with pytest.raises(fc.BadInput, match="exists"):
         train.main(["--resume", "a b.npz", "--out", "c.npz"])
+    assert train.main(["--resume", "c.npz", "--out", "d.npz"]) == 0  # finished: a copy
+    assert_same(fc.load_run("c.npz"), fc.load_run("d.npz"))
 
 
 def test_tables_of_several_runs(tmp_path, monkeypatch, capsys):
@@ -1157,6 +1159,7 @@ BAD_TRAIN = """\
 --fast --max-margin|--control-variate on|--equal 0.3|--penalty 1|--max-margin --equal 0.3
 --activation relu --max-margin|--activation relu --fast|--k 6 --p 97|--k 1000000000
 --fast --k 6 --p 97|--max-margin --k 200|--device auto|--layers 2
+--out=|--resume=|--save-every=--|--out=--|--figure=--
 --p 1000000007|--m 10000000000|--device tpu|--dtype float16|--nonsense|--figure 11
 --figure 4 --k 6|--figure 3 --equal 0.1|--resume missing.npz
 --out missing/run.npz|--out .|--out /dev/null
@@ -1168,7 +1171,8 @@ BAD_TRAIN = """\
 --model transformer --heads 900000 --p 5|--model transformer --train-fraction 1e-9
 --model transformer --layers 100 --d-ff 1000000|--model transformer --d-model 1000000"""
 BAD_ANALYZE = """|missing.npz|.|--theory run.npz|--theory --p 1|--theory --k 9 --p 97
---theory --p x|--theory --json|run.npz --k 3"""
+--theory --p x|--theory --k=--|--theory --k 14300 --p 5
+--theory --k 10000000000|--theory --json|run.npz --k 3"""
 
 
 @pytest.mark.parametrize("module, argv", [
@@ -1403,7 +1407,7 @@ def test_a_message_begins_on_a_line_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = Output(terminal=True)
     monkeypatch.setattr(sys, "stdout", shown)
-    with pytest.raises(fc.BadInput, match="overflowed"):
+    with np.errstate(all="ignore"), pytest.raises(fc.BadInput, match="overflowed"):
         train.main("--k 3 --p 5 --lr 1000 --init-std 5 --steps 2000".split())
     text = shown.getvalue()
     assert not text or "\r" in text and text.endswith("\n")

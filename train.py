@@ -92,7 +92,7 @@ class Progress:
 
     def __init__(self, run):
         self.run, self.began, self.start = run, time.monotonic(), run.step
-        self.live, self.open = sys.stdout is not None and sys.stdout.isatty(), False
+        self.live, self.open = getattr(sys.stdout, "isatty", bool)(), False
 
     def show(self, line, every):
         steps = self.run.config["steps"]
@@ -123,11 +123,12 @@ class Progress:
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives SIGINT and SIGTERM, where they are not ignored; in the main thread,
-    which alone has signals. Afterwards all is as before."""
+    """A list that receives SIGINT, SIGTERM and SIGHUP (a lost terminal), where they are not ignored;
+    in the main thread, which alone has signals. Afterwards all is as before."""
     received, usual = [], {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            number = getattr(signal, name)
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 usual[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
@@ -253,8 +254,8 @@ def main(argv):
         flags["p"] = FIGURE_4_P[flags["k"]]
     device, out, save_every, resume, timing = (
         flags.pop(name, None) for name in ("device", "out", "save_every", "resume", "benchmark"))
-    if save_every < 0:
-        raise fc.BadInput(f"--save-every {save_every} must be 0 or more steps")
+    if save_every < 0 or "" in (out, resume):
+        raise fc.BadInput("--save-every must be 0 or more steps; --out and --resume name a file")
     fc.use_device(device)
     run = fc.load_run(resume) if resume else None
     if resume:
@@ -275,7 +276,7 @@ def main(argv):
     elif os.path.exists(out) and os.path.realpath(out) != os.path.realpath(resume):
         raise fc.BadInput(f"{out} exists; choose another --out")
     else:
-        fc.save_run(out, run, keep=False)
+        fc.save_run(out, run, keep=not os.path.exists(out))
         finished = False
     again = command("train.py", "--resume", out)
     again += f" --save-every {save_every}" * bool(save_every)
