@@ -123,7 +123,7 @@ class Progress:
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives SIGINT, SIGTERM and SIGHUP (a lost terminal), where they are not ignored;
+    """A list that receives SIGINT, SIGTERM, SIGHUP (a lost terminal), where they are not ignored;
     in the main thread, which alone has signals. Afterwards all is as before."""
     received, usual = [], {}
     if threading.current_thread() is threading.main_thread():
