@@ -3,7 +3,7 @@
     python analyze.py RUN.npz                       the report, and neurons as text
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         only draw its figure (needs matplotlib)
-    python analyze.py RUN RUN RUN ..                one line a run; transformers: one line a
+    python analyze.py RUN RUN RUN ..                the reports; of transformers one line a
                                                     configuration, and --figures draws Figure 4
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
 """
@@ -339,25 +339,6 @@ def print_groups(groups):
                   *cells, spread(last, ".3f"), apart).rstrip())
 
 
-MEASURES = {  # of a run's state, in a line of progress and in a table of runs
-    "circuit_share": "circuit {:5.3f}", "live_neurons": "live {:4d}",
-    "max_normalized_power": "power {:5.3f}", "live_heads": "live {:3d}",
-    "single_frequency_fraction": "single {:5.3f}", "phase_error": "phase {:5.3f}",
-    "key_share": "keys {:5.3f}", "neuron_share": "neurons {:5.3f}",
-    "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:6.4f}"}
-
-
-def print_table(reports):
-    """One line a run."""
-    print("  k   p     m  seed   steps    train     test  (m: neurons or heads)")
-    for r in reports:
-        size = r.get("m", r.get("heads"))
-        train, test = (Text().format("{:.2%}", r[f"{part}_accuracy"]) for part in ("train", "test"))
-        start = "{k:3d} {p:3d} {size:5d} {seed:5d} {steps:7d}  {train:>7s} {test:>8s}"
-        ends = [Text().format(text, r[name]) for name, text in MEASURES.items() if name in r]
-        print(start.format(size=size, train=train, test=test, **r), *ends, sep="  ")
-
-
 def strongest(size, live, frequency, count):
     """The largest live ones, count of them, that differ in frequency."""
     order = np.argsort(-size)[:live.sum()]
@@ -581,8 +562,8 @@ def look(args):
         draw(run, os.path.splitext(os.path.basename(args.runs[0]))[0], args.figures)
         if not args.json:
             return
-    blocks = all(run.config["model"] == "transformer" for run in runs)
-    groups = group_runs(runs) if several and blocks else {}
+    blocks = several and all(run.config["model"] == "transformer" for run in runs)
+    groups = group_runs(runs) if blocks else {}
     if args.figures and groups:
         draw_groups(groups, args.figures)
     reports = [report(run) for run in runs] if args.json or not groups else []
@@ -590,11 +571,10 @@ def look(args):
         print(json.dumps(reports if several else reports[0], indent=2))
     elif groups:
         print_groups(groups)
-    elif several:
-        print_table(reports)
     else:
-        print_report(reports[0])
-        if run.config["model"] == "mlp":
+        for each in reports:
+            print_report(each)
+        if not several and run.config["model"] == "mlp":
             print_neurons(run)
 
 

@@ -1119,7 +1119,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(number, tmp_path, mon
 
 
 def test_tables_of_several_runs(tmp_path, monkeypatch, capsys):
-    """One line a run; runs of several layers together by all but the seed."""
+    """The reports; those of transformers together by all but the seed."""
     monkeypatch.chdir(tmp_path)
     for name, settings in (("mlp", {}), ("heads", ATTENTION), ("3", DEEP), ("2", DEEP | {"k": 2}),
                            ("2b", DEEP | {"k": 2, "seed": 1})):
@@ -1128,8 +1128,7 @@ def test_tables_of_several_runs(tmp_path, monkeypatch, capsys):
     def lines(*argv):
         assert analyze.main(list(argv)) == 0
         return capsys.readouterr().out.splitlines()
-    table = lines("mlp", "heads", "3")
-    assert len(table) == 4 and table[1].split()[:5] == ["2", "11", "40", "0", "40"]
+    assert sum("circuit share" in line for line in lines("mlp", "heads", "3")) == 3
     assert [line.split()[:4] for line in lines("3", "2b", "2")[1:]] == [
         ["2", "7", "2", "40"], ["3", "7", "1", "40"]]
     assert [r["k"] for r in json.loads("".join(lines("3", "2b", "2", "--json")))] == [3, 2, 2]

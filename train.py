@@ -28,7 +28,7 @@ import time
 import numpy as np
 
 import fourier_circuits as fc
-from analyze import MEASURES, Parser, print_report, report, run_main, share
+from analyze import Parser, print_report, report, run_main, share
 
 # The published sizes; Figures 2, 6, 8 show 1, 5, 7 again. How Figures 1 to 8 were trained is not
 # published in full: here 1, 5, 7 train by --fast, and 4 has the paper's betas and clips nothing.
@@ -85,6 +85,13 @@ def parse(argv):
     add("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
     add("--benchmark", action="store_true", help="time the step, then stop")
     return vars(parser.parse_args(argv))
+
+
+MEASURES = {  # of a run's state, in a line of progress
+    "circuit_share": "circuit {:5.3f}", "live_neurons": "live {:4d}",
+    "max_normalized_power": "power {:5.3f}", "live_heads": "live {:3d}",
+    "single_frequency_fraction": "single {:5.3f}", "key_share": "keys {:5.3f}",
+    "frequencies_used": "freqs {:3d}", "margin_ratio": "margin/gamma* {:6.4f}"}
 
 
 class Progress:
