@@ -7,7 +7,8 @@ such network, the one of largest normalized margin, consists of neurons that are
 frequency each. It observes that training finds just these neurons, and that the attention matrices
 of transformers become two-dimensional cosines.
 
-The sections, each of which uses only what stands above it:
+The sections. Each uses what stands above it; only the class Run, a training run with its settings,
+weights and moments, is defined in the last:
 
     arrays         use_device, to_host
     data           all_inputs, labels, split                                           Eq. 1
@@ -17,12 +18,12 @@ The sections, each of which uses only what stands above it:
     the best       norm, max_margin, margin_bound, efficiency     Theorem 4.1, Lemmas 4.2, F.2
                    paper_network, rotated_network, theory_check   Lemmas 4.3, E.1, E.3
     faster         mlp_with_control_variate, fast_settings        beyond the paper; Lemma 3.7
-    attention      circuits, attend, attention; head_spectra      Figures 3, 9, 10
+    attention      head_circuits, attend, attention; head_spectra      Figures 3, 9, 10
     transformer    layernorm, self_attention, transformer         Figure 4
     runs           complete, new_run, train_step, progress, save_run, load_run
 
 Letters
-    p, k     modulus, how many numbers; >= 2      a, y     inputs [n, k], labels [n]
+    p, k     the modulus; how many numbers        a, y     inputs [n, k], labels [n]
     m, n     neurons, inputs in a batch           u, w     a neuron's u_1 .. u_k, w, p numbers each
     D_p      all p^k inputs                       z, h     before and after the activation [n, m]
     c        a class                              zeta     a frequency, 1 .. p // 2
@@ -30,7 +31,8 @@ Letters
     d, f     width of a state, of a block's MLP   S, OV    what heads attend to, what they write
 
 A layer is a function y, backward = layer(x, ..). Its backward takes dy, the gradient of the loss by
-y, and returns the gradients by the layer's inputs. A gradient is called d + the name.
+y (of the loss itself: nothing), and returns the gradients by those inputs of the layer that are
+trained or computed. A gradient is called d + the name.
 """
 
 import contextlib
@@ -49,7 +51,9 @@ import numpy as np
 # ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
 
 xp = np
-PIECE = 128  # inputs that an MLP sees at a time: what it computes of them stays in a CPU's cache
+# Inputs that an MLP sees at a time: what it computes of them stays in a CPU's cache. The other
+# models, with fewer numbers for each input, see 8 PIECE.
+PIECE = 128
 MAX_BYTES = 2**31  # of the largest array
 TINY = 1e-30  # in a denominator, where all-zero weights have power 0, not 0/0
 
@@ -87,13 +91,15 @@ def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
     if k < 2 or p < 2 or m < 1:
         raise BadInput(f"k = {k} and p = {p} must be at least 2, m = {m} at least 1")
+    # k and log p first, so that no huge p^k is computed; 8 bytes a number of an input, 16 a weight,
+    # of which AdamW keeps four arrays.
     if k > 200 or k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
         raise BadInput(f"too large: k = {k}, p = {p} have p^k inputs, m neurons (k+1) p weights; "
                        f"they exceed {MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
 
 
 def digits(index, k, p):  # [n] -> [n, k]
-    """The inputs with these numbers: digits(0 .. p^k - 1) is all_inputs, a_k runs fastest."""
+    """The inputs with these indices in all_inputs: their digits in base p, a_k the last."""
     return index[:, None] // p ** xp.arange(k - 1, -1, -1) % p
 
 
@@ -123,14 +129,12 @@ def split(k, p, fraction, rng, orbit=None):
     if count == 0:
         raise BadInput(f"train fraction {fraction} must lie in (0, 1] and give at least one of the "
                        f"{len(groups)} inputs or orbits of inputs")
-    chosen = np.zeros(p**k, bool)
-    chosen[rng.permutation(groups)[:count]] = True
-    return chosen[orbit]
+    return np.isin(orbit, rng.permutation(groups)[:count])
 
 
 def orbits(k, p, count):  # -> int [p^k], on the host
-    """For each input the number of its orbit's first member: the one of its permuted copies, with
-    the first `count` numbers in any order, in which these are sorted. See split."""
+    """The orbit of each input, named by the index of its sorted member. Two inputs are in one orbit
+    if they differ only in the order of their first `count` numbers. See split."""
     a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
     a[:, :count].sort(axis=1)
     return a @ p ** np.arange(k - 1, -1, -1)
@@ -175,7 +179,8 @@ def mlp(params, a, activation="power"):  # [n, k] -> [n, p]
         # logits = h w
         dw = h.T @ dlogits
         dz = activation_backward(dlogits @ w.T)
-        # z = u_1[a_1] + .. + u_k[a_k]: rows of u are picked, which a product with one-hot rows does
+        # z = u_1[a_1] + .. + u_k[a_k]: picking rows of u is a product with one-hot rows, so the
+        # gradient is their transpose times dz
         onehot = xp.eye(p, dtype=u.dtype)[a].reshape(len(a), k * p)
         return {"u": (onehot.T @ dz).reshape(k, p, m), "w": dw}
 
@@ -221,11 +226,12 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
 
 
 def mlp_settings(k=3, p=23, m=None, activation="power", **_):
-    """The settings by which an MLP trains, a dict: the same for all k and p.
+    """The settings by which an MLP trains, a dict: the same for all k and p, but for the width m.
 
-    Learning rate, betas, batch and warm-up are the paper's. What it leaves open was chosen on seeds
-    from 100 up: the first weights, the decay that lets each neuron keep one frequency, and the
-    fall of the learning rate over the second half, by which it loses what is left of the others."""
+    Learning rate, betas, batch and warm-up are the paper's. The others were chosen on seeds from
+    100 up: the first weights; the decay, by which each neuron keeps one frequency (with a decay of
+    0.3 most stay mixed at k=3 p=97); and the fall of the learning rate over the second half, in
+    which a neuron loses what is left of its other frequencies."""
     m = 2 ** (2 * k - 2) * (p - 1) if m is None else m
     check_size(k, p, m)
     return {"k": k, "p": p, "m": m, "activation": activation, "fast": False, "max_margin": False,
@@ -239,12 +245,12 @@ def learning_rate(config, step):
     return config["lr"] * warm * min(1, (1 - done) / (1 - config["hold"]))
 
 
-def loss_and_gradients(network_pieces, n):
+def loss_and_gradients(parts, n):
     """Mean cross-entropy over n inputs in pieces (inputs, logits, backward), and its gradients.
 
-    -> loss, {name: gradient}, doubt: the mean of 1 - softmax[y], 0 where all is known."""
+    -> loss, {name: gradient}, doubt: the mean of 1 - softmax[y], for the control variate's use."""
     loss, doubt, grads = 0, 0, {}
-    for a, logits, backward in network_pieces:
+    for a, logits, backward in parts:
         y, share = labels(a, logits.shape[1]), len(a) / n
         part, loss_backward = cross_entropy(logits, y)
         dlogits = share * loss_backward()
@@ -272,12 +278,14 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8)
 
 
 def stream(config, *use):
-    """Random numbers apart for each use: 0 split, 1 weights, (2, step) a batch, 3 progress."""
+    """A separate random generator for each use: (0) is the split, (1) the first weights, (2, step)
+    a batch, (3) the inputs of a line of progress."""
     return np.random.default_rng(np.random.SeedSequence(config["seed"], spawn_key=use))
 
 
 def sample_inputs(index, k, p, rng, most=2**17):
-    """The inputs [n, k] of these numbers (see digits); of more than `most`, `most` random draws."""
+    """The inputs [n, k] with these indices (see digits); of more than `most` indices, `most` that
+    are drawn at random, with replacement."""
     if len(index) > most:
         index = index[rng.integers(0, len(index), most)]
     return digits(xp.asarray(index), k, p)
@@ -388,46 +396,47 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
     return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
 
 
-def evaluate(network_pieces):
-    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces -> dict:
+def evaluate(parts):
+    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces. A dict:
 
     right            bool [n], on the host; accuracy: their share
     loss             the mean cross-entropy
     margin           the smallest
-    circuit          g [p], the part of the logits that depends on a_1 + .. + a_k - c alone:
+    circuit          g [p], the part of the logits that depends on a_1 + .. + a_k - c alone
+    circuit_share    the circuit's share of the power of the logits
 
-                         g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
+    With f~ = f less its mean over the classes,
 
-                     where f~ is f less its mean over the classes
-    circuit_share    n sum_Delta g^2 / sum_{a,c} f~^2, the circuit's share of the logits' power
+        g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
+        circuit_share = n sum_Delta g(Delta)^2 / sum_{a,c} f~(a)[c]^2.
 
-    Over D_p the circuit is Lemma F.2's diagonal: by Parseval its share is that of f~'s DFT on
-    (j, .., j, -j). It is 1 for a max-margin network and 1/n on average for random logits."""
-    margin, loss, g, power = [], 0.0, 0.0, 0.0
-    for a, logits, *_ in network_pieces:
+    Over D_p this is Lemma F.2's diagonal: by Parseval it is the share of the power of f~'s DFT that
+    lies on (j, .., j, -j). It is 1 for a max-margin network, 1/n on average for random logits."""
+    margin, loss, g, total = [], 0.0, 0.0, 0.0
+    for a, logits, *_ in parts:
         y = labels(a, logits.shape[1])
         margin.append(to_host(margins(logits, y)[0]))
         loss += float(cross_entropy(logits, y)[0]) * len(y)
-        shift = (y[:, None] + xp.arange(logits.shape[1])) % logits.shape[1]
-        folded = xp.take_along_axis(logits - logits.mean(axis=1, keepdims=True), shift, axis=1)
-        g = g + to_host(folded.sum(axis=0, dtype="float64"))
-        power += float((folded * folded).sum(dtype="float64"))
+        column = (y[:, None] + xp.arange(logits.shape[1])) % logits.shape[1]
+        shifted = xp.take_along_axis(logits - logits.mean(axis=1, keepdims=True), column, axis=1)
+        g = g + to_host(shifted.sum(axis=0, dtype="float64"))
+        total += float((shifted * shifted).sum(dtype="float64"))
     margin = np.concatenate(margin)
     right, n = margin > 0, len(margin)
     return {"right": right, "accuracy": float(right.mean()), "loss": loss / n,
             "margin": float(margin.min()), "circuit": g / n,
-            "circuit_share": float(g @ g / n / (power or 1))}
+            "circuit_share": float(g @ g / n / (total or 1))}
 
 
 def circuit_frequencies(g):
     """How many frequencies hold 99% of the power of a circuit g [p]."""
-    power = np.sort(power_spectrum(g)[1:])[::-1]
-    return int((np.cumsum(power) < 0.99 * power.sum()).sum() + power.any())
+    spectrum = np.sort(power_spectrum(g)[1:])[::-1]
+    return int((np.cumsum(spectrum) < 0.99 * spectrum.sum()).sum() + spectrum.any())
 
 
-def without_circuit(network_pieces, g):
+def without_circuit(parts, g):
     """The same pieces (inputs, logits) without the circuit: f(a)[c] - g(c - a_1 - .. - a_k)."""
-    for a, logits, *_ in network_pieces:
+    for a, logits, *_ in parts:
         p = logits.shape[1]
         shift = (xp.arange(p) - labels(a, p)[:, None]) % p
         yield a, logits - xp.asarray(g.astype(logits.dtype))[shift]
@@ -447,7 +456,7 @@ def penalty(params, strength, exponent):
     """strength ||theta||_{2,nu}^exponent, nu = k + 1 (Def. 3.1) -> its value, its gradients.
 
     With exponent 1 this is the paper's regularizer; with exponent nu it is sum_i ||theta_i||^nu,
-    which is smooth at 0. The gradient by theta_i is
+    which is differentiable at 0, too. The gradient by theta_i is
 
         strength exponent ||theta||^(exponent - nu) ||theta_i||^(nu - 2) theta_i."""
     norms, nu = neuron_norms(params), len(params["u"]) + 1
@@ -477,16 +486,17 @@ def normalized_margin(params):
 #
 #     |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
 #
-# At a given norm, as k+1 >= 3, a neuron gives most if all of its power is at one frequency, shared
-# equally by u_1 .. u_k and w, and its phase error is 0.
+# With P_j, the neuron's power at frequency j, the product is at most (P_j / (k+1))^((k+1)/2), by the
+# inequality of the means. As this exponent is above 1, it is best to have all power at one j, shared
+# equally by u_1 .. u_k and w; and the phase error must be 0.
 
 
 def neuron_dft(params):  # -> complex [p, m]
-    """Each neuron's f^(j, .., j, -j), from its weights alone (Lemma D.8); z^k only:
+    """Each neuron's part of f~^(j, .., j, -j), from its weights alone (Lemma D.8); z^k only:
 
         k! w^(-j) u^_1(j) .. u^_k(j) for j = 1 .. p-1, and 0 for j = 0.
 
-    Its sum over the neurons is the DFT of f there. In a max-margin network it is positive
+    f~ is f less its mean over the classes. In a max-margin network it is positive
     (Lemma F.2), on the unit ball gamma* p^k. It is also p^k times the DFT of the circuit
     (evaluate), with -j for j."""
     u, w = params["u"], params["w"]
@@ -642,9 +652,12 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
         R = mean_a sum_i r_i(a) w~_i(y) = 0,     r = z^k - k! x_1 .. x_k.
 
     Expand z^k: a monomial that lacks some x_j leaves a_j free, and over a_j alone w~_i(y) averages
-    to 0; in degree k only the product of all k lacks none. On a batch R is not 0, so it is noise
-    that we know to be noise: a control variate. It is also the noise of cross-entropy: to first
-    order in the logits, that is log p - mean_a sum_i z_i^k w~_i(y), and at Gaussian weights the
+    to 0; in degree k only the product of all k lacks none. On a batch R is not 0, but only noise: R
+    is a control variate. To first order in the logits cross-entropy is
+
+        log p - mean_a sum_i z_i^k w~_i(y),
+
+    so that the noise of R is in its gradient, too. And it is most of it: at Gaussian weights the
     mean square of z^k is 3, 11, 47, 205 times that of the product term k! x_1 .. x_k at k = 2, 3,
     4, 5. So this backward, given the gradient of cross-entropy by the logits, adds the gradient of
 
@@ -686,40 +699,45 @@ def natural_scale(k, p, m):
 
 
 def fast_settings(**given):
-    """The settings of --fast and of --max-margin, in units of natural_scale: one rule for all k, p.
+    """The settings of --fast, a dict: one rule for all k and p, in units of natural_scale.
 
-    --fast: up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and
-    one size, which grows (held_rms), without penalty and decay. No neuron can win by being large,
-    so each has the time to settle on one frequency. Then all is free: a penalty
-    sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls (gate), a learning rate
-    that goes to 0.
-
-    --max-margin: all of D_p at each step, a small start, the penalty, no decay. As the strength of
-    the penalty tends to 0, the normalized margin of the optimum tends to gamma* (Lemma 3.7); here
-    it is small and fixed."""
-    rule = mlp_settings(**given)
+    Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
+    which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
+    has the time to settle on one frequency. Then all is free: a penalty sum_i ||theta_i||^(k+1), a
+    weight decay that sets in as the loss falls (gate), a learning rate that goes to 0. The numbers
+    were chosen on seeds from 100 up, for few steps at the paper's sizes."""
+    rule, equal = mlp_settings(**given), given.get("equal", 0.6)
     k, p, m = rule["k"], rule["p"], rule["m"]
-    scale, gamma = natural_scale(k, p, m), max_margin(k, p)
-    # At k >= 4 the gradients of small weights are far below the usual eps of 1e-8.
-    rule |= {"eps": 1e-20, "penalty_power": k + 1}
-    if given.get("max_margin"):
-        return rule | {"train_fraction": 1, "batch": 2**30, "steps": 500 * k, "weight_decay": 0,
-                       "init_std": 0.03 * scale, "lr": 0.06 * scale, "hold": 0,
-                       "betas": [0.95, 0.98], "penalty": 0.1 * gamma}
+    scale = natural_scale(k, p, m)
     # At Gaussian weights the mean square of z^k is (2k-1)!! (k std^2)^k; logits start with rms 0.1.
     start = (0.1 / math.sqrt(m * math.prod(range(1, 2 * k, 2)) * k**k)) ** (1 / (k + 1))
-    equal = given.get("equal", 0.6)
     return rule | {"control_variate": "on", "equal": equal, "hold": equal, "init_std": start,
                    "steps": round(350 + k * p ** (k / 2) / 10), "lr": 0.3 / k * scale,
-                   "weight_decay": 1.2 / (scale * (k + 1)), "penalty": 0.05 * gamma}
+                   "eps": 1e-20,  # at k >= 4 the gradients of small weights are far below 1e-8
+                   "weight_decay": 1.2 / (scale * (k + 1)), "penalty_power": k + 1,
+                   "penalty": 0.05 * max_margin(k, p)}
+
+
+def max_margin_settings(**given):
+    """The settings of --max-margin, a dict: all of D_p at each step (no batch is as large), small
+    first weights, a penalty, no decay; chosen on seeds from 100 up.
+
+    As the strength of the penalty tends to 0, the normalized margin of the optimum tends to gamma*
+    (Lemma 3.7). Here the strength is small and fixed."""
+    rule = mlp_settings(**given)
+    k, p, m = rule["k"], rule["p"], rule["m"]
+    scale = natural_scale(k, p, m)
+    return rule | {"train_fraction": 1, "batch": 2**30, "steps": 500 * k, "hold": 0, "eps": 1e-20,
+                   "init_std": 0.03 * scale, "lr": 0.06 * scale, "betas": [0.95, 0.98],
+                   "weight_decay": 0, "penalty_power": k + 1, "penalty": 0.1 * max_margin(k, p)}
 
 
 def held_rms(config, step):
-    """The root mean square that all vectors are held at after this step; None: they are free.
+    """The root mean square at which all vectors are held after this step; None: they are free.
 
     It grows from init_std to natural_scale, where the ideal network has margin 10, at first slowly:
     in logarithms with the square of the time."""
-    equal = config.get("equal", 0)
+    equal = config["equal"]
     if step >= equal * config["steps"]:
         return None
     grown = (step / config["steps"] / equal) ** 2
@@ -740,28 +758,36 @@ def gate(loss, p):
     return (1 - loss / math.log(p)).clip(0)
 
 
-def fast_step(run):
-    """train_step for --fast and --max-margin: control variate, held sizes, penalty, gated decay."""
-    config, params, p = run.config, run.params, run.config["p"]
+def penalized(params, grads, config):
+    """The gradients with those of the penalty added."""
+    pull = penalty(params, config["penalty"], config["penalty_power"])[1]
+    return {name: d + pull[name] for name, d in grads.items()}
+
+
+def max_margin_step(run):
+    """train_step for --max-margin: cross-entropy and the penalty."""
     a = next_batch(run)
-    network = mlp
-    if config.get("control_variate") == "on":
+    _, grads, _ = loss_and_gradients(mlp_pieces(run.params, a), len(a))
+    update(run, penalized(run.params, grads, run.config), learning_rate(run.config, run.step), 0)
+
+
+def fast_step(run):
+    """train_step for --fast: the control variate; first held sizes, then penalty, gated decay."""
+    config, params, p = run.config, run.params, run.config["p"]
+    a, network = next_batch(run), mlp
+    if config["control_variate"] == "on":
         network = functools.partial(mlp_with_control_variate, coefficient=run.coefficient, n=len(a))
-    network_pieces = ((piece, *network(params, piece)) for piece in pieces(a, PIECE))
-    loss, grads, doubt = loss_and_gradients(network_pieces, len(a))
-    # By least squares -coefficient (onehot - 1/p) comes closest to softmax - onehot at p/(p-1)
-    # times the mean of 1 - softmax[y]: 1 for a network that guesses, 0 for one that knows. It is
-    # for the next batch: a coefficient that depends on the batch that it serves could add a bias.
+    parts = ((piece, *network(params, piece)) for piece in pieces(a, PIECE))
+    loss, grads, doubt = loss_and_gradients(parts, len(a))
+    # The c that makes |softmax - onehot + c (onehot - 1/p)|^2 least is p/(p-1) times doubt: 1 for a
+    # network that guesses, 0 for one that knows. It is for the next batch: a coefficient that
+    # depends on the batch that it serves could add a bias.
     run.coefficient = (p / (p - 1) * doubt).clip(0, 1)
-    rms, lr, decay = held_rms(config, run.step), learning_rate(config, run.step), 0
-    if rms is not None:  # the learning rate is in units of the size
-        lr *= rms / natural_scale(config["k"], p, config["m"])
-    else:
-        pull = penalty(params, config["penalty"], config["penalty_power"])[1]
-        grads = {name: d + pull[name] for name, d in grads.items()}
-        decay = config["weight_decay"] * gate(loss, p)
-    update(run, grads, lr, decay)
-    if rms is not None:
+    rms, lr = held_rms(config, run.step), learning_rate(config, run.step)
+    if rms is None:
+        update(run, penalized(params, grads, config), lr, config["weight_decay"] * gate(loss, p))
+    else:  # the learning rate is in units of the size
+        update(run, grads, lr * rms / natural_scale(config["k"], p, config["m"]), 0)
         standardize(params, rms)
 
 
@@ -787,7 +813,7 @@ def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **
                      "W_P": write, "b": ((heads,), 1)}, rng, dtype)
 
 
-def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], OV [H, v, c]
+def head_circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], OV [H, v, c]
     """What heads attend to and what they then write, for the v vectors that a first layer can see.
 
         S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e),     OV_h[a] = (x W_V^h W_P^h)_a
@@ -821,12 +847,13 @@ def circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], O
 
 
 def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [n, c]
-    """The query of each input attends to its j keys, by the tables of circuits.
+    """The query of each input attends to its j keys, by the tables of head_circuits.
 
         A_hj = softmax over j of S_h[query, key_j] + b_h [j last],  y = sum_h sum_j A_hj OV_h[key_j]
 
-    query counts rows of S_h; key its columns, and rows of OV_h. The pairs (input, place) that have
-    one token make a small product; a dense product with one-hot rows takes several times as long.
+    query holds indices of rows of S_h; key of its columns, which are also the rows of OV_h. The
+    pairs (input, place) whose key is the same token t all need the row t of OV: they make one small
+    product. A dense product with one-hot rows would take several times as long.
     -> y, backward(dy) -> dS, dOV, db."""
     (n, j), heads, classes = key.shape, len(s), ov.shape[2]
     token = key.reshape(-1)
@@ -884,7 +911,7 @@ def attention(params, a):  # [n, k] -> [n, p]
 
     At a collision, a_1 = a_2, the terms 2 s_1 OV[a_1] are alike and of the other sign, and outweigh
     these: the answer needs other heads. So collisions are counted apart."""
-    s, ov, circuits_backward = circuits(params["E"], [params[name] for name in HEADS])
+    s, ov, circuits_backward = head_circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1])
 
     def backward(dlogits):
@@ -898,10 +925,10 @@ def attention(params, a):  # [n, k] -> [n, p]
 def attention_settings(k=3, p=31, **_):
     """The settings of one layer of attention, a dict.
 
-    The smaller k, the smaller a start its collisions need to generalize. The decay is gated (gate):
-    decay from the first step on ends the learning at k >= 4 before it begins. In the second half of
-    the steps it is times final_decay, as decay unlearns collisions: the more of them there are, the
-    less is left of it."""
+    For small k the collisions (see attention) generalize only from small first weights. The decay
+    is gated (gate): decay from the first step on ends the learning at k >= 4 before it begins. Decay
+    also makes the network forget its collisions, so in the second half of the steps it is times
+    final_decay, which is smaller where collisions are common."""
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
             "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
@@ -912,15 +939,16 @@ def attention_settings(k=3, p=31, **_):
 def head_tables(params):
     """S_h without the mean of each query's row, which no softmax can see; OV_h without its mean
     token, a bias, and each token's mean over classes, which changes no answer; float64, on host."""
-    tables = circuits(params["E"], [params[name] for name in HEADS])[:2]
+    tables = head_circuits(params["E"], [params[name] for name in HEADS])[:2]
     s, ov = (to_host(x).astype("float64") for x in tables)
     ov = ov - ov.mean(axis=1, keepdims=True)
     return s - s.mean(axis=2, keepdims=True), ov - ov.mean(axis=2, keepdims=True)
 
 
 def head_spectrum(s):  # [H, p, p] -> [H, p, p // 2 + 1]
-    """2-D DFT power of S_h, of rows of mean 0 (none at v = 0). [u, v]: query, key frequency; the
-    equal power of (-u, -v) is counted in. (Of an even p, the pairs at v = p/2 stay apart.)"""
+    """The power of the 2-D DFT of S_h, whose rows have mean 0: [u, v] is that of query frequency u
+    and key frequency v, with the equal power of (-u, -v) counted in. (For an even p the pairs at
+    v = p/2 stay apart.)"""
     v, p = np.arange(s.shape[1] // 2 + 1), s.shape[1]
     return np.abs(np.fft.rfft2(s)) ** 2 * (2 - (2 * v == p))
 
@@ -940,40 +968,41 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     block_share    share of the power of S_h in its two strongest query frequencies times its two
                    strongest key frequencies: the paper's "two cosines in each dimension"
     size           rms(S_h) rms(OV_h); live: at least a twentieth of the largest
-    single         live, and key, token and class share are over 95%
-    summary        medians over live heads, for a line of progress; frequencies_used counts those of
-                   live heads that have over half of the power there in keys, tokens and classes"""
+    single         live, and key, token and class share are over 95%; used: over half
+    summary        for a line of progress; frequencies_used counts those of used heads"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
     spectrum = head_spectrum(s)
     folded = spectrum[:, u] + spectrum[:, -u] * (u != -u % s.shape[1])[:, None]  # u with -u
-    powers = (folded.sum(axis=1), power_spectrum(ov.transpose(0, 2, 1)).sum(axis=1),
-              power_spectrum(ov).sum(axis=1))  # [H, p // 2 + 1] of keys, tokens, classes
-    zeta, token, by_class = (power.argmax(axis=1) for power in powers)
-    shares = [power[each, zeta] / np.maximum(power.sum(axis=1), TINY) for power in powers]
+    spectra = (folded.sum(axis=1), power_spectrum(ov.transpose(0, 2, 1)).sum(axis=1),
+               power_spectrum(ov).sum(axis=1))  # [H, p // 2 + 1] of keys, tokens, classes
+    zeta, token, by_class = (x.argmax(axis=1) for x in spectra)
+    shares = [x[each, zeta] / np.maximum(x.sum(axis=1), TINY) for x in spectra]
     keys, queries = (np.argsort(folded.sum(axis=i), axis=1)[:, -2:] for i in (1, 2))
     block = folded[each[:, None, None], queries[:, :, None], keys[:, None]].sum(axis=(1, 2))
     size = np.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
     live, least = size >= 0.05 * size.max(), np.min(shares, axis=0)
+    used = live & (least > 0.5)
     measures = {"key_share": shares[0], "token_share": shares[1], "class_share": shares[2],
                 "block_share": block / np.maximum(folded.sum(axis=(1, 2)), TINY)}
     return {"frequency": zeta, "token_frequency": token, "size": size, "live": live, **measures,
             "same": (zeta == token) & (zeta == by_class), "single": live & (least > 0.95),
-            "used": live & (least > 0.5), "summary": {
+            "used": used, "summary": {
                 "live_heads": int(live.sum()), "key_share": float(np.median(shares[0][live])),
-                "frequencies_used": len(np.unique(zeta[live & (least > 0.5)]))}}
+                "frequencies_used": len(np.unique(zeta[used]))}}
 
 
 def ablate_heads(params):
     """The causal check: each head with S_h at its key frequency and OV_h at its token frequency
-    alone, and with all that is left.
+    alone, and each without them. Both keep the mean token of OV_h, which adds a constant.
 
     -> restricted, excluded: functions of inputs a [n, k] that give logits [n, p]."""
-    (s, ov), measures = head_tables(params), head_spectra(params)
-    tokens = ov.transpose(0, 2, 1)
-    kept = (at_frequency(s, measures["frequency"][:, None]),
-            at_frequency(tokens, measures["token_frequency"][:, None]).transpose(0, 2, 1))
-    tables = [[xp.asarray(x.astype(params["E"].dtype)) for x in pair]
-              for pair in (kept, (s - kept[0], ov - kept[1]))]
+    measures = head_spectra(params)
+    s, ov = map(to_host, head_circuits(params["E"], [params[name] for name in HEADS])[:2])
+    keys = at_frequency(s, measures["frequency"][:, None])
+    tokens = at_frequency(ov.transpose(0, 2, 1), measures["token_frequency"][:, None])
+    tokens = tokens.transpose(0, 2, 1)
+    tables = (keys, tokens + ov.mean(axis=1, keepdims=True)), (s - keys, ov - tokens)
+    tables = [list(map(xp.asarray, pair)) for pair in tables]
     return [lambda a, pair=pair: attend(*pair, params["b"], a, a[:, -1])[0] for pair in tables]
 
 
@@ -1021,7 +1050,7 @@ def first_attention(table, weights, a, p, last):  # [k p, d], .., [n, k] -> [n, 
     to 2.2 times as long. -> x + .., backward(dx) -> dtable, dweights."""
     n, k = a.shape
     z, norm_backward = layernorm(table)
-    s, ov, circuits_backward = circuits(z, weights)
+    s, ov, circuits_backward = head_circuits(z, weights)
     position = xp.arange(k * p) // p
     later = position[:, None] < position  # [query, key]
     key = a + p * xp.arange(k)  # [n, k], rows of the table
@@ -1212,7 +1241,7 @@ def checked(name, value):
     """The value of a setting. Raises BadInput if there is no such setting or no such value."""
     flag = name.replace("_", "-")
     if name in CHOICES:
-        if not any(type(value) is type(x) and value == x for x in CHOICES[name]):
+        if not any(type(value) is type(x) and value == x for x in CHOICES[name]):  # 1 is not True
             raise BadInput(f"{flag} must be one of {', '.join(map(str, CHOICES[name]))}, "
                            f"not {value!r}")
         return value
@@ -1241,7 +1270,7 @@ def complete(given):
                        "activation; choose one of them, or none")
     rule = MODELS[model or "mlp"][0]
     if rule is mlp_settings and (fast or largest):
-        rule = fast_settings
+        rule = fast_settings if fast else max_margin_settings
     config = {"model": "mlp", **rule(**given), "seed": 0, "dtype": "float32"}
     for name in set(given) - set(config):
         raise BadInput(f"{name.replace('_', '-')} does not apply to this model and rule of "
@@ -1250,9 +1279,11 @@ def complete(given):
     if model == "attention" and config["split"] != "orbits":
         raise BadInput("attention cannot see the order of its inputs: its split is always orbits")
     check_size(config["k"], config["p"], config.get("m", 1))
+    # A head's S and OV have (k p)^2 and k p d numbers, its weights d e; 16 bytes each, as above.
     k, p, layers, heads, e, d, f = (config.get(x, 1) for x in (
         "k", "p", "layers", "heads", "d_head", "d_model", "d_ff"))
-    if 16 * (layers * d * f + heads * (e + k * p) * (layers * d + k * p)) > MAX_BYTES:
+    if model in ("attention", "transformer") and MAX_BYTES < 16 * (
+            layers * d * f + heads * (e + k * p) * (layers * d + k * p)):
         raise BadInput("too large: weights and attention matrices of all heads exceed "
                        f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
@@ -1304,7 +1335,7 @@ def train_step(run):
     """One step: a random batch, the gradient of its cross-entropy, AdamW."""
     config, params = run.config, run.params
     if config.get("fast") or config.get("max_margin"):
-        return fast_step(run)
+        return fast_step(run) if config["fast"] else max_margin_step(run)
     a = next_batch(run)
     loss, grads, _ = loss_and_gradients(network_pieces(config, params, a), len(a))
     decay = config["weight_decay"]
@@ -1317,10 +1348,10 @@ def train_step(run):
 
 
 def progress(run):
-    """A line of history: cross-entropies and accuracies on up to 4096 fixed inputs of each part,
-    the circuit's share of the logits on those of the test part (or, without one, of the other), and
-    the measures of the weights; in a max-margin run also the normalized margin over gamma*, on all
-    of D_p."""
+    """A line of history: loss and accuracy on up to 4096 fixed inputs of the training part and of
+    the test part; the circuit's share of the logits on those of the test part (or, if there is none, of
+    the training part); the measures of the weights. In a max-margin run also the normalized margin
+    over gamma*, on all of D_p."""
     config, params = run.config, run.params
     k, p = config["k"], config["p"]
     line, rng = {"step": run.step}, stream(config, 3)

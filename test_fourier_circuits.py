@@ -319,7 +319,7 @@ LAYERS = {  # the layer; what it is; its inputs
     **{f"power {k}": (lambda z, k=k: fc.power(z, k), lambda z, k=k: z**k, Z) for k in range(2, 8)},
     "relu": (fc.relu, lambda z: np.maximum(z, 0), Z),
     "layernorm": (fc.layernorm, plain_norm, 3 + 2 * Z),
-    "circuits": (lambda x, *w: fc.circuits(x, w), plain_tables, X[0], *HEAD),
+    "head circuits": (lambda x, *w: fc.head_circuits(x, w), plain_tables, X[0], *HEAD),
     "attend": (lambda s, ov, b: fc.attend(s, ov, b, A, A[:, -1]),
                lambda s, ov, b: plain_attend(s, ov, b, A),
                normal(3, 4, 4), normal(3, 4, 5, seed=1), normal(3, seed=2)),
@@ -614,8 +614,8 @@ def test_learning_rate_and_held_size():
                   for step in range(100)]
         assert [fc.learning_rate(config, step) for step in range(100)] == [
             pytest.approx(config["lr"] * x) for x in factor]
-        if "equal" not in given:
-            equal = held if "fast" in given else 0
+        if "fast" in given:
+            equal = held
             assert all((fc.held_rms(config, step) is None) == (step >= equal) for step in range(99))
     config = fc.complete({"steps": 100, "fast": True, "equal": 0.7})
     rms = [fc.held_rms(config, step) for step in range(100)]
@@ -828,9 +828,11 @@ def test_spectra_size_life_and_ablation_of_heads(p):
     def project(zeta):  # of functions on Z_p onto those of frequency zeta
         return np.cos(zeta * angle) * (1 if 2 * zeta == p else 2) / p
 
+    whole = tables(params)[1]
     kept = [np.stack([x @ project(z) for x, z in zip(centred, m["frequency"])]),
-            np.stack([project(z) @ x for x, z in zip(ov, m["token_frequency"])])]
-    for logits, pair in zip(fc.ablate_heads(params), (kept, (centred - kept[0], ov - kept[1]))):
+            np.stack([project(z) @ x for x, z in zip(whole, m["token_frequency"])])]
+    pairs = (kept[0], kept[1] + whole.mean(axis=1, keepdims=True)), (s - kept[0], whole - kept[1])
+    for logits, pair in zip(fc.ablate_heads(params), pairs):
         assert logits(a) == pytest.approx(plain_attend(*pair, params["b"], a), abs=1e-11)
     size = np.sqrt((centred**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
     assert m["size"] == pytest.approx(size, rel=1e-12)
@@ -892,10 +894,9 @@ def test_a_step_is_what_is_written(settings, steps):
     loss, gradients, doubt = fc.loss_and_gradients(fc.network_pieces(config, params, a), len(a))
     if config.get("control_variate") == "on":
         loss, gradients, doubt = with_control_variate(params, a, old.coefficient)
-    if fast:
-        assert run.coefficient == pytest.approx(min(1, p / (p - 1) * doubt), rel=1e-9)
     lr, decay, rms = fc.learning_rate(config, steps), config["weight_decay"], None
-    if fast:
+    if config.get("fast"):
+        assert run.coefficient == pytest.approx(min(1, p / (p - 1) * doubt), rel=1e-9)
         rms = fc.held_rms(config, steps)
         lr *= rms / fc.natural_scale(k, p, config["m"]) if rms else 1
     if fast or "final_decay" in config:
