@@ -486,9 +486,9 @@ def normalized_margin(params):
 #
 #     |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
 #
-# With P_j, the neuron's power at frequency j, the product is at most (P_j / (k+1))^((k+1)/2), by the
-# inequality of the means. As this exponent is above 1, it is best to have all power at one j, shared
-# equally by u_1 .. u_k and w; and the phase error must be 0.
+# With P_j, the neuron's power at frequency j, the product is at most (P_j / (k+1))^((k+1)/2) by the
+# inequality of the means. As this exponent is above 1, it is best to have all power at one j,
+# shared equally by u_1 .. u_k and w; and the phase error must be 0.
 
 
 def neuron_dft(params):  # -> complex [p, m]
@@ -926,9 +926,9 @@ def attention_settings(k=3, p=31, **_):
     """The settings of one layer of attention, a dict.
 
     For small k the collisions (see attention) generalize only from small first weights. The decay
-    is gated (gate): decay from the first step on ends the learning at k >= 4 before it begins. Decay
-    also makes the network forget its collisions, so in the second half of the steps it is times
-    final_decay, which is smaller where collisions are common."""
+    is gated (gate): decay from the first step on ends the learning at k >= 4 before it begins.
+    Decay also makes the network forget its collisions, so in the second half of the steps it is
+    times final_decay, which is smaller where collisions are common."""
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
             "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
@@ -1349,9 +1349,9 @@ def train_step(run):
 
 def progress(run):
     """A line of history: loss and accuracy on up to 4096 fixed inputs of the training part and of
-    the test part; the circuit's share of the logits on those of the test part (or, if there is none, of
-    the training part); the measures of the weights. In a max-margin run also the normalized margin
-    over gamma*, on all of D_p."""
+    the test part; the circuit's share of the logits on those of the test part (or, if there is
+    none, of the training part); the measures of the weights. In a max-margin run also the
+    normalized margin over gamma*, on all of D_p."""
     config, params = run.config, run.params
     k, p = config["k"], config["p"]
     line, rng = {"step": run.step}, stream(config, 3)
