@@ -1197,23 +1197,16 @@ def test_without_a_gpu_or_matplotlib(capsys, monkeypatch, tmp_path):
                                                "--figures", tmp_path)
 
 
-def test_changed_files(tmp_path, capsys, monkeypatch):
-    """Any array changed, left out or added, a run of another version, an archive of something else:
-    one line from either script, and the file is left alone."""
+def test_foreign_files(tmp_path, capsys, monkeypatch):
+    """A run of another version, one without its settings, an archive of something else: one line
+    from either script, and the file is left alone."""
     path = tmp_path / "run.npz"
     fc.save_run(path, advance(small_run(), 10))
     arrays = dict(np.load(path))
-    whole, text = fc.load_run(path), str(arrays["meta"])
-    np.savez(path, **arrays)
-    assert_same(fc.load_run(path), whole)
-    changes = [{name: None} for name in arrays]
-    changes += [{"params w": np.nextafter(arrays["params w"], np.float32(1))},
-                {"params u": arrays["params u"].astype("f8")}, {"train": arrays["train"][None]},
-                {"extra": np.ones(1)}, {"meta": np.array([object()])}, dict.fromkeys(arrays)]
-    other = {**arrays, "meta": np.array(text.replace(fc.FORMAT, "fourier-circuits run, format 4"))}
-    del other["fingerprint"]
-    changes += [other | {"fingerprint": fc.fingerprint(other)}]
-    for change in changes:
+    text = str(arrays["meta"])
+    for change in ({"meta": np.array(text.replace(fc.FORMAT, "fourier-circuits run, format 4"))},
+                   {"meta": np.array([object()])}, {"meta": np.array("{}")}, {"train": None},
+                   {"meta": np.array(text.replace('"step"', '"stop"'))}, dict.fromkeys(arrays)):
         np.savez(path, **{name: x for name, x in {**arrays, **change}.items() if x is not None})
         with pytest.raises(fc.BadInput, match="not a run file of this version, or it is damaged"):
             fc.load_run(path)
