@@ -120,7 +120,6 @@ def report_neurons(run, whole, first, sample):
                   "margin_bound_ratio": bound / size / gamma,
                   "efficiency": mean(fc.to_host(fc.efficiency(params)), live)}
     return {**measures["summary"], **{f"{name}_at_init": before[name] for name in names},
-            "max_normalized_power_expected": fc.expected_max_power(p),
             "phase_error": mean(measures["phase_error"], live),
             "frequency_histogram": histogram(measures["frequency"][measures["single"]], p),
             **theory, "restricted_accuracy": kept, "excluded_accuracy": rest}
@@ -200,8 +199,7 @@ NEURONS = """
   live neurons         {live_neurons} of {m}
   single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
 {single_frequency_fraction_at_init:.2%}
-  max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}, \
-expected at random {max_normalized_power_expected:.4f}
+  max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}
   phase error          {phase_error:.4f} mean |theta_1 + .. + theta_k - theta_w|
   normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*; by the circuit at \
 most {margin_bound_ratio:.4f}

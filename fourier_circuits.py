@@ -330,12 +330,6 @@ def at_frequency(x, zeta):  # [.., p], int [..] -> [.., p]
     return np.fft.irfft(transform, n=p).astype(x.dtype)
 
 
-def expected_max_power(p):
-    """Mean of max_normalized_power over Gaussian vectors: 2 H_n/p, n = (p-1)/2 (harmonic number),
-    for odd p, else None. expected_max_power(23) -> 0.263"""
-    return sum(2 / i for i in range(1, (p + 1) // 2)) / p if p % 2 else None
-
-
 def neurons(params):  # -> [k+1, m, p]
     """All vectors of all neurons: u_1 .. u_k and then w."""
     return xp.concatenate([params["u"].transpose(0, 2, 1), params["w"][None]])

@@ -636,9 +636,6 @@ def test_power_spectrum_folds(p):
     assert fc.power_spectrum(x.T) == pytest.approx(expected.T, rel=1e-12)
     share = expected[1:].max(axis=0) / expected.sum(axis=0)
     assert fc.max_normalized_power(x.T) == pytest.approx(share, rel=1e-12)
-    power, known = fc.max_normalized_power(normal(40000, p)), fc.expected_max_power(p)
-    assert (known is None) == (p % 2 == 0)
-    assert p % 2 == 0 or known == pytest.approx(power.mean(), abs=5 * power.std() / 200)
 
 
 @pytest.mark.parametrize("k, p", [(2, 7), (3, 9), (4, 8)])
@@ -1043,7 +1040,7 @@ TINY = "--k 2 --p 7 --steps 60 --batch 16"
 
 @pytest.mark.parametrize("flags, name, words", [
     (f"{TINY}", "mlp-k2-p7-seed0",
-     "circuit share|single-frequency|at random|phase error|of gamma*|efficiency|u_2|Lemma F.2"),
+     "circuit share|single-frequency|at init|phase error|of gamma*|efficiency|u_2|Lemma F.2"),
     (f"{TINY} --max-margin --m 9", "max-margin-k2-p7-seed0", "of gamma*|test -"),
     (f"{TINY} --fast", "fast-k2-p7-seed0", "single-frequency|2 numbers modulo 7, 24 neurons"),
     ("--model attention --k 3 --p 7 --heads 9 --steps 60 --seed 1", "attention-k3-p7-seed1",
