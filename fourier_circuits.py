@@ -29,10 +29,11 @@ Letters
     c        a class                              zeta     a frequency, 1 .. p // 2
     H, e     heads and their width                gamma*   the largest normalized margin
     d, f     width of a state, of a block's MLP   S, OV    what heads attend to, what they write
+             (f(a)[c] with arguments: a logit)
 
-A layer is a function y, backward = layer(x, ..). Its backward takes dy, the gradient of the loss by
-y (of the loss itself: nothing), and returns the gradients by those inputs of the layer that are
-trained or computed. A gradient is called d + the name.
+A layer is a function y, backward = layer(x, ..). Its backward(dy) takes the gradient of the loss
+with respect to y and returns those with respect to the layer's weights and states; the backward of
+the loss itself takes nothing. A gradient is called d + the name.
 """
 
 import contextlib
@@ -50,10 +51,8 @@ import numpy as np
 # ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
 
 xp = np
-# Inputs that an MLP sees at a time: what it computes of them stays in a CPU's cache. The other
-# models, with fewer numbers for each input, see 8 PIECE.
-PIECE = 128
-MAX_BYTES = 2**31  # of the largest array
+PIECE = 2**17  # numbers in one array [inputs, neurons]: half a MiB stays in a CPU's cache
+MAX_BYTES = 2**31  # of all inputs, and of the weights with their gradients and AdamW's moments
 TINY = 1e-30  # in a denominator, where all-zero weights have power 0, not 0/0
 
 
@@ -66,7 +65,7 @@ def use_device(device):
 
     Raises BadInput if a GPU is asked for and cannot be used, with the reason."""
     global xp, PIECE
-    xp, PIECE = np, 128
+    xp, PIECE = np, 2**17
     if device == "gpu":
         try:
             import cupy
@@ -74,7 +73,7 @@ def use_device(device):
         except Exception as error:
             reason = " ".join(str(error).split())
             raise BadInput(f"no GPU can be used: {reason}; use --device cpu") from None
-        xp, PIECE = cupy, 2**14  # a GPU is busy only with large pieces
+        xp, PIECE = cupy, 2**24  # a GPU is busy only with large pieces
     return device
 
 
@@ -90,9 +89,9 @@ def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
     if k < 2 or p < 2 or m < 1:
         raise BadInput(f"k = {k} and p = {p} must be at least 2, m = {m} at least 1")
-    # k and log p first, so that no huge p^k is computed; 8 bytes a number of an input, 16 a weight,
-    # of which AdamW keeps four arrays.
-    if k > 200 or k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
+    # First the logarithm, so that no huge p^k is computed. 8 bytes for a number of an input, 16 for
+    # a weight: itself, its gradient and two moments in float32.
+    if k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
         raise BadInput(f"too large: k = {k}, p = {p} have p^k inputs, m neurons (k+1) p weights; "
                        f"they exceed {MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
 
@@ -139,8 +138,9 @@ def orbits(k, p, count):  # -> int [p^k], on the host
     return a @ p ** np.arange(k - 1, -1, -1)
 
 
-def pieces(a, most):  # [n, k] -> [[n', k], ..]
-    """The inputs in pieces of this many or, the last one, fewer."""
+def pieces(a, width):  # [n, k] -> [[n', k], ..]
+    """The inputs in pieces for which an array [n', width] has about PIECE numbers, n' >= 32."""
+    most = max(32, PIECE // width)
     return [a[start:start + most] for start in range(0, len(a), most)]
 
 
@@ -190,8 +190,8 @@ def mlp_pieces(params, a=None, activation="power"):
     """mlp on inputs a [n, k], or on all of D_p in order (None), in pieces that fit in the cache.
 
     Yields (inputs, logits, backward) of each piece."""
-    k, p, _ = params["u"].shape
-    for piece in pieces(all_inputs(k, p) if a is None else a, PIECE):
+    k, p, m = params["u"].shape
+    for piece in pieces(all_inputs(k, p) if a is None else a, m):
         yield piece, *mlp(params, piece, activation)
 
 
@@ -225,7 +225,8 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
 
 
 def mlp_settings(k=3, p=23, m=None, activation="power", **_):
-    """The settings by which an MLP trains, a dict: the same for all k and p, but for the width m.
+    """The settings by which an MLP trains, a dict: one set of defaults, whatever k and p, but for
+    the width m. They are enough at k=2 and 3; k=4 and 5 need a larger batch or more steps.
 
     Learning rate, betas, batch and warm-up are the paper's. The others were chosen on seeds from
     100 up: the first weights; the decay, by which each neuron keeps one frequency (with a decay of
@@ -463,7 +464,8 @@ def max_margin(k, p):
 
         gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) )
 
-    for odd p; for even p (p-1)/(p-2+r) times that, r = 2^(-(k-1)/2), by the Nyquist frequency."""
+    This is for odd p. For even p the frequency p/2 gives more margin for its norm, and gamma* is
+    (p-1)/(p-2+r) times as large, r = 2^(-(k-1)/2)."""
     gamma = 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
     return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
@@ -489,9 +491,9 @@ def neuron_dft(params):  # -> complex [p, m]
 
         k! w^(-j) u^_1(j) .. u^_k(j) for j = 1 .. p-1, and 0 for j = 0.
 
-    f~ is f less its mean over the classes. In a max-margin network it is positive
-    (Lemma F.2), on the unit ball gamma* p^k. It is also p^k times the DFT of the circuit
-    (evaluate), with -j for j."""
+    f~ is f less its mean over the classes. Summed over all neurons of a max-margin network this is
+    positive for j != 0 (Lemma F.2), and at norm 1 it is gamma* p^k. For any network the sum is p^k
+    times the DFT of its circuit (evaluate) at -j."""
     u, w = params["u"], params["w"]
     dft = xp.conj(xp.fft.fft(w, axis=1).T) * xp.fft.fft(u, axis=1).prod(axis=0)
     dft[0] = 0
@@ -564,9 +566,9 @@ def rotated_network(k, p):
 
         sum over s = 0 .. k of e^(-2 pi i r s/(k+1)) = k+1 for r = 0, and 0 for r = 1 .. k.
 
-    So only r = 0 is left, with its conjugate: cos(x_1 + .. + x_k - y). For even p (2, parity, is
-    one) there are (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) of the Nyquist frequency p/2, where
-    cos(x_j) = (-1)^a_j and nothing needs to be turned."""
+    So only r = 0 is left, with its conjugate: cos(x_1 + .. + x_k - y). p may be even (p = 2 is
+    parity). Then there are (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) of the Nyquist frequency
+    p/2, where cos(x_j) = (-1)^a_j and nothing needs to be turned."""
     check_size(k, p)
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
@@ -644,9 +646,10 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
 
         R = mean_a sum_i r_i(a) w~_i(y) = 0,     r = z^k - k! x_1 .. x_k.
 
-    Expand z^k: a monomial that lacks some x_j leaves a_j free, and over a_j alone w~_i(y) averages
-    to 0; in degree k only the product of all k lacks none. On a batch R is not 0, but only noise: R
-    is a control variate. To first order in the logits cross-entropy is
+    Expand z^k. If a monomial lacks some x_j, average over a_j first: only w~_i(y) depends on it,
+    and its average is 0. The only monomial of degree k that has every x_j is x_1 .. x_k, which r
+    subtracts. On a batch R is not 0, but only noise: R is a control variate. To first order in the
+    logits cross-entropy is
 
         log p - mean_a sum_i z_i^k w~_i(y),
 
@@ -656,8 +659,9 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
 
         coefficient * R.
 
-    What it is not: on a training half the mean of R is not 0, so this is not the gradient of that
-    half's cross-entropy. It uses that the data are a whole group, which no other rule is told."""
+    What it is not: R assumes all p^k inputs. On a training half its mean is not 0, so this is not
+    the gradient of that half's cross-entropy: it is told that the data are a whole group.
+    (The products of all x but x_j are built up step by step, for speed: a third fewer of them.)"""
     u, w = params["u"], params["w"]
     k, p, _ = u.shape
     x = [u[j][a[:, j]] for j in range(k)]
@@ -692,7 +696,8 @@ def natural_scale(k, p, m):
 
 
 def fast_settings(**given):
-    """The settings of --fast, a dict: one rule for all k and p, in units of natural_scale.
+    """The settings of --fast, a dict: one rule for all k and p, in units of natural_scale and of
+    gamma*, which the theorem gives.
 
     Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
     which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
@@ -770,7 +775,7 @@ def fast_step(run):
     a, network = next_batch(run), mlp
     if config["control_variate"] == "on":
         network = functools.partial(mlp_with_control_variate, coefficient=run.coefficient, n=len(a))
-    parts = ((piece, *network(params, piece)) for piece in pieces(a, PIECE))
+    parts = ((piece, *network(params, piece)) for piece in pieces(a, config["m"]))
     loss, grads, doubt = loss_and_gradients(parts, len(a))
     # The c that makes |softmax - onehot + c (onehot - 1/p)|^2 least is p/(p-1) times doubt: 1 for a
     # network that guesses, 0 for one that knows. It is for the next batch: a coefficient that
@@ -811,9 +816,9 @@ def head_circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, 
 
         S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e),     OV_h[a] = (x W_V^h W_P^h)_a
 
-    For x = E, the tokens, S is the attention matrix E^T W^{KQ} E of the paper's figures, rows and
-    columns exchanged, over sqrt(e). Both are computed once for each token, however often a batch
-    has it. weights: W_Q, W_K, W_V, W_P.
+    For x = E, the tokens, S is the transpose of the paper's attention matrix E^T W^{KQ} E, divided
+    by sqrt(e). S and OV are computed once for each token, not for each input. weights: W_Q, W_K,
+    W_V, W_P.
     -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
     *read, write = weights
     scale = 1 / math.sqrt(write.shape[1])
@@ -902,8 +907,9 @@ def attention(params, a):  # [n, k] -> [n, p]
     cos(x_1 + x_2 + x_q - y), and training gives it the sign that makes the sum right. For k >= 4
     terms of higher order in the scores are needed, s_1 s_2 OV[a_3] at k = 4.
 
-    At a collision, a_1 = a_2, the terms 2 s_1 OV[a_1] are alike and of the other sign, and outweigh
-    these: the answer needs other heads. So collisions are counted apart."""
+    At a collision, a_1 = a_2, the terms 2 s_1 OV[a_1] and 2 s_2 OV[a_2] have the same form as the
+    useful terms, twice their size and the opposite sign: such a head points away from the right
+    class, and other heads must correct it. So collisions are counted apart."""
     s, ov, circuits_backward = head_circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1])
 
@@ -994,9 +1000,12 @@ def ablate_heads(params):
     keys = at_frequency(s, measures["frequency"][:, None])
     tokens = at_frequency(ov.transpose(0, 2, 1), measures["token_frequency"][:, None])
     tokens = tokens.transpose(0, 2, 1)
-    tables = (keys, tokens + ov.mean(axis=1, keepdims=True)), (s - keys, ov - tokens)
-    tables = [list(map(xp.asarray, pair)) for pair in tables]
-    return [lambda a, pair=pair: attend(*pair, params["b"], a, a[:, -1])[0] for pair in tables]
+
+    def network(s, ov):
+        s, ov = xp.asarray(s), xp.asarray(ov)
+        return lambda a: attend(s, ov, params["b"], a, a[:, -1])[0]
+
+    return network(keys, tokens + ov.mean(axis=1, keepdims=True)), network(s - keys, ov - tokens)
 
 
 # ---- Transformers of whole blocks (Figure 4), after Power et al. 2022 ----------------------------
@@ -1130,12 +1139,12 @@ def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the 
     return x[:, last] + y, backward
 
 
-def transformer(params, a, neurons=False):  # [n, k] -> [n, p]
+def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
     """The network, of one block or more, on inputs a -> logits, backward(dlogits) -> dparams.
 
-    neurons=True: -> [n, f], the activations of the last block's MLP at the last position."""
+    hidden=True: -> [n, f], the activations of the last block's MLP at the last position."""
     embedding, place, project = params["E"], params["P"], params["W_U"]
-    (p, d), k, layers = embedding.shape, len(place), (len(params) - 3) // len(ATTENTION + FORWARD)
+    (p, d), k, layers = embedding.shape, len(place), sum(name.startswith("W_1 ") for name in params)
     table = (place[:, None] + embedding).reshape(k * p, d)
     tape = []
     for i in range(1, layers + 1):
@@ -1146,7 +1155,7 @@ def transformer(params, a, neurons=False):  # [n, k] -> [n, p]
         else:
             x, backward = residual(x, lambda z: self_attention(z, *weights, last))
         tape.append((read, backward))
-        if neurons and last:
+        if hidden and last:
             return relu(layernorm(x[:, -1])[0] @ params[think[0]])[0]
         x, backward = residual(x, lambda z: feed_forward(z, *(params[name] for name in think)))
         tape.append((think, backward))
@@ -1167,7 +1176,7 @@ def transformer(params, a, neurons=False):  # [n, k] -> [n, p]
 
 
 def transformer_settings(k=2, p=97, layers=2, **_):
-    """The settings of a transformer, a dict: our Figure 4's light model, by textbook AdamW.
+    """The settings of a transformer, a dict: our Figure 4's light model, by AdamW with clipping.
 
     A long momentum, and the gradient clipped to norm clip, keep accuracy from falling after it has
     reached 99% at k = 2 and 3. The paper's betas, without clipping, are those of --figure 4."""
@@ -1184,8 +1193,11 @@ def clipped(grads, most):
 
 
 def neuron_shares(x):  # [p, .., p, f] -> [f]
-    """Share of the variance of functions on Z_p^k in one frequency: at the indices of their DFT
-    that are all 0, zeta or -zeta, for the zeta that has most. 0 for a constant.
+    """The share of the variance of functions on Z_p^k that one frequency has.
+
+    For each zeta, add the power of all entries of the DFT whose k indices are each 0, zeta or -zeta
+    (not all 0). The largest of these sums over zeta, divided by that of all entries; 0 for a
+    constant.
 
     At k = 2 this is the measure of Nanda et al. 2023 (arXiv 2301.05217)."""
     p, axes = len(x), tuple(range(x.ndim - 1))
@@ -1200,8 +1212,8 @@ def neuron_shares(x):  # [p, .., p, f] -> [f]
 def transformer_neurons(params):  # -> [p, .., p, f]
     """The activations of the last block's MLP at the last position, on all of D_p, on the host."""
     p, k = len(params["E"]), len(params["P"])
-    parts = [to_host(transformer(params, a, neurons=True))
-             for a in pieces(all_inputs(k, p), 8 * PIECE)]
+    parts = [to_host(transformer(params, a, hidden=True))
+             for a in pieces(all_inputs(k, p), 128)]
     return np.concatenate(parts).reshape((p,) * k + (-1,))
 
 
@@ -1272,11 +1284,11 @@ def complete(given):
     if model == "attention" and config["split"] != "orbits":
         raise BadInput("attention cannot see the order of its inputs: its split is always orbits")
     check_size(config["k"], config["p"], config.get("m", 1))
-    # A head's S and OV have (k p)^2 and k p d numbers, its weights d e; 16 bytes each, as above.
-    k, p, layers, heads, e, d, f = (config.get(x, 1) for x in (
+    # Weights with gradient and moments, and S and OV of all heads: see check_size.
+    k, p, layers, heads, e, d, f = (config.get(x, 0) for x in (
         "k", "p", "layers", "heads", "d_head", "d_model", "d_ff"))
-    if model in ("attention", "transformer") and MAX_BYTES < 16 * (
-            layers * d * f + heads * (e + k * p) * (layers * d + k * p)):
+    weights = 4 * heads * e * d + 2 * d * f
+    if 16 * (max(layers, 1) * weights + heads * k * p * (k * p + max(d, p))) > MAX_BYTES:
         raise BadInput("too large: weights and attention matrices of all heads exceed "
                        f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
@@ -1290,7 +1302,7 @@ def network_pieces(config, params, a=None):
         return mlp_pieces(params, a, config["activation"])
     network = MODELS[config["model"]][2]
     a = all_inputs(config["k"], config["p"]) if a is None else a
-    return ((piece, *network(params, piece)) for piece in pieces(a, 8 * PIECE))
+    return ((piece, *network(params, piece)) for piece in pieces(a, 128))
 
 
 @dataclass(eq=False)
@@ -1327,8 +1339,10 @@ def new_run(config):
 def train_step(run):
     """One step: a random batch, the gradient of its cross-entropy, AdamW."""
     config, params = run.config, run.params
-    if config.get("fast") or config.get("max_margin"):
-        return fast_step(run) if config["fast"] else max_margin_step(run)
+    if config.get("fast"):
+        return fast_step(run)
+    if config.get("max_margin"):
+        return max_margin_step(run)
     a = next_batch(run)
     loss, grads, _ = loss_and_gradients(network_pieces(config, params, a), len(a))
     decay = config["weight_decay"]
