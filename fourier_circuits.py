@@ -1178,11 +1178,12 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
 def transformer_settings(k=2, p=97, layers=2, **_):
     """The settings of a transformer, a dict: our Figure 4's light model, by AdamW with clipping.
 
-    A long momentum, and the gradient clipped to norm clip, keep accuracy from falling after it has
+    With decay 1 some seeds do not grok at k=2 p=97 within these steps. A long momentum, and the
+    gradient clipped to norm clip, keep accuracy from falling after it has
     reached 99% at k = 2 and 3. The paper's betas, without clipping, are those of --figure 4."""
     return {"k": k, "p": p, "layers": layers, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256,
             "split": "random", "train_fraction": 0.5, "steps": 2500, "batch": 512, "lr": 1e-3,
-            "hold": 0.5, "init_std": 0.5, "betas": [0.98, 0.98], "eps": 1e-8, "weight_decay": 1,
+            "hold": 0.5, "init_std": 0.5, "betas": [0.98, 0.98], "eps": 1e-8, "weight_decay": 2,
             "clip": 0.3}
 
 

@@ -601,7 +601,7 @@ def test_settings_of_transformers(k, p):
     assert fc.complete({"model": "transformer", "k": k, "p": p}) == {
         **common, "model": "transformer", "split": "random", "layers": 2, "heads": 4, "d_head": 16,
         "d_model": 64, "d_ff": 256, "steps": 2500, "batch": 512, "init_std": 0.5, "lr": 1e-3,
-        "weight_decay": 1, "betas": [0.98, 0.98], "clip": 0.3}
+        "weight_decay": 2, "betas": [0.98, 0.98], "clip": 0.3}
 
 
 def test_learning_rate_and_held_size():
