@@ -386,6 +386,7 @@ def drawing():
     Raises BadInput where matplotlib is missing, or cannot be imported."""
     backend = os.environ.pop("MPLBACKEND", None)  # we need none, and it may not be there
     try:
+        import matplotlib  # first, so that its own name is missing, not that of its part
         import matplotlib.figure
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
