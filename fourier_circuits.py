@@ -191,7 +191,7 @@ def mlp_pieces(params, a=None, activation="power"):
 
     Yields (inputs, logits, backward) of each piece."""
     k, p, m = params["u"].shape
-    for piece in pieces(all_inputs(k, p) if a is None else a, m):
+    for piece in pieces(all_inputs(k, p) if a is None else a, max(m, 1024)):
         yield piece, *mlp(params, piece, activation)
 
 
@@ -775,7 +775,7 @@ def fast_step(run):
     a, network = next_batch(run), mlp
     if config["control_variate"] == "on":
         network = functools.partial(mlp_with_control_variate, coefficient=run.coefficient, n=len(a))
-    parts = ((piece, *network(params, piece)) for piece in pieces(a, config["m"]))
+    parts = ((piece, *network(params, piece)) for piece in pieces(a, max(config["m"], 1024)))
     loss, grads, doubt = loss_and_gradients(parts, len(a))
     # The c that makes |softmax - onehot + c (onehot - 1/p)|^2 least is p/(p-1) times doubt: 1 for a
     # network that guesses, 0 for one that knows. It is for the next batch: a coefficient that
