@@ -134,7 +134,7 @@ def report_heads(run, whole, first, sample):
     (distinct) or not (collision)."""
     k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
-    kept, rest = (fc.evaluate((a, logits(a)) for a in fc.pieces(sample, 128))["accuracy"]
+    kept, rest = (fc.evaluate((a, logits(a)) for a in fc.pieces(sample, 4 * fc.PIECE))["accuracy"]
                   for logits in fc.ablate_heads(run.params))
     measures, live = fc.head_spectra(run.params), fc.head_spectra(run.params)["live"]
     noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]

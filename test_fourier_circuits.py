@@ -432,8 +432,8 @@ def test_all_inputs_and_their_split():
     a = fc.all_inputs(4, 5)
     assert a.tolist() == [list(x) for x in itertools.product(range(5), repeat=4)]
     assert fc.labels(a, 5).tolist() == [sum(x) % 5 for x in a.tolist()]
-    assert np.concatenate(fc.pieces(np.arange(70), 10**9)).tolist() == list(range(70))
-    assert [len(x) for x in fc.pieces(np.arange(70), 10**9)] == [32, 32, 6]
+    assert [len(x) for x in fc.pieces(np.arange(2 * fc.PIECE + 1))] == [fc.PIECE, fc.PIECE, 1]
+    assert [x.tolist() for x in fc.pieces(np.arange(5), 2)] == [[0, 1], [2, 3], [4]]
     for fraction in (0.01, 0.3, 0.5, 1):
         mask = fc.split(3, 7, fraction, rng(1))
         assert mask.shape == (343,) and mask.sum() == round(fraction * 343)
@@ -452,7 +452,7 @@ def test_the_largest_array_has_its_limit(monkeypatch):
 @pytest.mark.parametrize("activation", ["power", "relu"])
 def test_margins_norm_and_what_is_right(activation, monkeypatch):
     """The network is homogeneous of degree k + 1; its normalized margin is that at norm 1."""
-    monkeypatch.setattr(fc, "PIECE", 1)  # many pieces
+    monkeypatch.setattr(fc, "PIECE", 7)  # many pieces
     params, a, each = gaussian(3, 5, 6), fc.all_inputs(3, 5), np.arange(125)
     f, y = plain_mlp(params, a, activation), fc.labels(a, 5)
     wrong = np.array([np.delete(f[i], y[i]) for i in each])
@@ -690,7 +690,7 @@ def test_ablate(p):
 def test_circuit_share(k, p, monkeypatch):
     """By the definition, by the whole DFT (Lemma F.2's diagonal); 1 for a max-margin network; a
     planted share is found; what is left is f without it."""
-    monkeypatch.setattr(fc, "PIECE", 1)
+    monkeypatch.setattr(fc, "PIECE", 7)
     params, a = gaussian(k, p, 6), fc.all_inputs(k, p)
     f = plain_mlp(params, a)
     seen = fc.evaluate(fc.mlp_pieces(params))
