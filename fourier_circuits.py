@@ -83,6 +83,7 @@ def to_host(x):
 
 
 # ---- Data: D_p, all p^k inputs with their sums modulo p (Eq. 1) ----------------------------------
+# Inputs and labels are always on the host: they only serve as indices.
 
 
 def check_size(k, p, m=1):
@@ -98,7 +99,7 @@ def check_size(k, p, m=1):
 
 def digits(index, k, p):  # [n] -> [n, k]
     """The inputs with these indices in all_inputs: their digits in base p, a_k the last."""
-    return index[:, None] // p ** xp.arange(k - 1, -1, -1) % p
+    return index[:, None] // p ** np.arange(k - 1, -1, -1) % p
 
 
 def all_inputs(k, p):
@@ -106,7 +107,7 @@ def all_inputs(k, p):
 
     all_inputs(2, 3) -> [[0, 0], [0, 1], [0, 2], [1, 0], .. [2, 2]]"""
     check_size(k, p)
-    return digits(xp.arange(p**k), k, p)
+    return digits(np.arange(p**k), k, p)
 
 
 def labels(a, p):  # [n, k] -> [n]
@@ -213,7 +214,7 @@ def init_mlp(rng, k, p, m, init_std, dtype="float32", **_):
 
 def cross_entropy(logits, y):  # [n, p], [n] -> scalar
     """Mean of -log softmax(logits)[y]; backward() -> (softmax - onehot) / n."""
-    n, each = len(y), xp.arange(len(y))
+    n, each = len(y), np.arange(len(y))
     x = logits - logits.max(axis=1, keepdims=True)
     exp = xp.exp(x)
     total = exp.sum(axis=1, keepdims=True)
@@ -260,7 +261,7 @@ def loss_and_gradients(parts, n):
         part, loss_backward = cross_entropy(logits, y)
         dlogits = share * loss_backward()
         loss = loss + share * part
-        doubt = doubt - dlogits[xp.arange(len(a)), y].sum()
+        doubt = doubt - dlogits[np.arange(len(a)), y].sum()
         for name, d in backward(dlogits).items():
             grads[name] = grads.get(name, 0) + d
     return loss, grads, doubt
@@ -293,7 +294,7 @@ def sample_inputs(index, k, p, rng, most=2**17):
     are drawn at random, with replacement."""
     if len(index) > most:
         index = index[rng.integers(0, len(index), most)]
-    return digits(xp.asarray(index), k, p)
+    return digits(index, k, p)
 
 
 def next_batch(run):
@@ -389,7 +390,7 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
     """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
 
     The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong."""
-    each, p, wrong = xp.arange(len(y)), logits.shape[1], logits.copy()
+    each, p, wrong = np.arange(len(y)), logits.shape[1], logits.copy()
     right = logits[each, y]
     wrong[each, y] = -xp.inf
     return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
@@ -416,7 +417,7 @@ def evaluate(parts):
         y = labels(a, logits.shape[1])
         margin.append(to_host(margins(logits, y)[0]))
         loss += float(cross_entropy(logits, y)[0]) * len(y)
-        column = (y[:, None] + xp.arange(logits.shape[1])) % logits.shape[1]
+        column = xp.asarray((y[:, None] + np.arange(logits.shape[1])) % logits.shape[1])
         shifted = xp.take_along_axis(logits - logits.mean(axis=1, keepdims=True), column, axis=1)
         g = g + to_host(shifted.sum(axis=0, dtype="float64"))
         total += float((shifted * shifted).sum(dtype="float64"))
@@ -437,7 +438,7 @@ def without_circuit(parts, g):
     """The same pieces (inputs, logits) without the circuit: f(a)[c] - g(c - a_1 - .. - a_k)."""
     for a, logits, *_ in parts:
         p = logits.shape[1]
-        shift = (xp.arange(p) - labels(a, p)[:, None]) % p
+        shift = (np.arange(p) - labels(a, p)[:, None]) % p
         yield a, logits - xp.asarray(g.astype(logits.dtype))[shift]
 
 
@@ -860,7 +861,7 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
     -> y, backward(dy) -> dS, dOV, db."""
     (n, j), heads, classes = key.shape, len(s), ov.shape[2]
     token = key.reshape(-1)
-    pairs = [xp.flatnonzero(token == t) for t in range(s.shape[2])]  # those that have token t
+    pairs = [xp.asarray(np.flatnonzero(token == t)) for t in range(s.shape[2])]
     score = s.transpose(1, 2, 0)[query[:, None], key]  # [n, j, H]
     score[:, -1] += b
     A = xp.exp(score - score.max(axis=1, keepdims=True))
@@ -1060,7 +1061,7 @@ def first_attention(table, weights, a, p, last):  # [k p, d], .., [n, k] -> [n, 
     s, ov, circuits_backward = head_circuits(z, weights)
     position = xp.arange(k * p) // p
     later = position[:, None] < position  # [query, key]
-    key = a + p * xp.arange(k)  # [n, k], rows of the table
+    key = a + p * np.arange(k)  # [n, k], rows of the table
     query = key[:, -1:] if last else key
     each = query.shape[1]
     query = query.reshape(-1)

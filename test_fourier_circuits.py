@@ -1475,7 +1475,7 @@ def test_the_readme_s_python(capsys):
 
 CUPY = {name: words.split() for name, words in {
     "abs": "", "add": "", "arange": "", "concatenate": "", "conj": "", "einsum": "", "empty": "",
-    "empty_like": "", "exp": "", "eye": "dtype", "flatnonzero": "", "isfinite": "", "log": "",
+    "empty_like": "", "exp": "", "eye": "dtype", "isfinite": "", "log": "",
     "maximum": "", "multiply": "", "sqrt": "", "take_along_axis": "axis", "tensordot": "",
     "where": "", "zeros": "", "zeros_like": "",
     "fft.fft": "axis"}.items()}
@@ -1504,8 +1504,11 @@ class Array:
         x = getattr(self.hidden, name)
         return Array(x) if name in VIEWS else x
 
+    def __getitem__(self, key):
+        return Array(self.hidden[reveal_index(key)])
+
     def __setitem__(self, key, value):
-        self.hidden[reveal(key)] = reveal(value)
+        self.hidden[reveal_index(key)] = reveal(value)
 
 
 def reveal(x):
@@ -1515,6 +1518,12 @@ def reveal(x):
     if isinstance(x, (list, tuple)):
         return type(x)(map(reveal, x))
     return x.hidden if isinstance(x, Array) else x
+
+
+def reveal_index(key):
+    """As reveal; CuPy takes indices from the host, too."""
+    keys = key if isinstance(key, tuple) else (key,)
+    return tuple(x if isinstance(x, np.ndarray) else reveal(x) for x in keys)
 
 
 def on_device(f, keywords):
@@ -1531,7 +1540,7 @@ def operator(name, answer):
 BINARY = "add sub mul truediv floordiv mod pow matmul and or".split()
 for answer, words in (
         (lambda self, x: Array(x), BINARY + [f"r{word}" for word in BINARY]
-         + "lt le gt ge eq ne neg getitem".split()),
+         + "lt le gt ge eq ne neg".split()),
         (lambda self, x: self, [f"i{word}" for word in BINARY]),
         (lambda self, x: x, "len float int bool".split())):
     for word in words:
@@ -1553,7 +1562,7 @@ def test_the_stand_in_is_strict():
     cupy = stand_in()
     x = cupy.asarray(np.ones((3, 3)))
     for wrong in (lambda: x + np.ones(3), lambda: np.ones(3) + x, lambda: cupy.sqrt(np.ones(3)),
-                  lambda: np.sqrt(x), lambda: x[np.arange(2)], lambda: np.asarray(x),
+                  lambda: np.sqrt(x), lambda: np.asarray(x),
                   lambda: cupy.apply_along_axis, lambda: x.tolist(),
                   lambda: cupy.sqrt(x, where=True)):
         with pytest.raises((TypeError, AttributeError, AssertionError)):
