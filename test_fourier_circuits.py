@@ -432,7 +432,7 @@ def test_all_inputs_and_their_split():
     a = fc.all_inputs(4, 5)
     assert a.tolist() == [list(x) for x in itertools.product(range(5), repeat=4)]
     assert fc.labels(a, 5).tolist() == [sum(x) % 5 for x in a.tolist()]
-    assert [len(x) for x in fc.pieces(np.arange(2 * fc.PIECE + 1))] == [fc.PIECE, fc.PIECE, 1]
+    assert [len(x) for x in fc.pieces(np.arange(7), 3)] == [3, 3, 1]
     assert [x.tolist() for x in fc.pieces(np.arange(5), 2)] == [[0, 1], [2, 3], [4]]
     for fraction in (0.01, 0.3, 0.5, 1):
         mask = fc.split(3, 7, fraction, rng(1))
