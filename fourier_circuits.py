@@ -30,6 +30,7 @@ Letters
     H, e     heads and their width                gamma*   the largest normalized margin
     d, f     width of a state, of a block's MLP   S, OV    what heads attend to, what they write
              (f(a)[c] with arguments: a logit)
+    theta    all weights; theta_i those of neuron i; in a cosine its phase, as in the paper
 
 A layer is a function y, backward = layer(x, ..). Its backward(dy) takes the gradient of the loss
 with respect to y and returns those with respect to the layer's weights and states; the backward of
@@ -140,8 +141,9 @@ def orbits(k, p, count):  # -> int [p^k], on the host
 
 
 def pieces(a, most):  # [n, k] -> [[n', k], ..]
-    """The inputs in pieces of at most n' = most: what a network computes of a piece should stay in a
-    CPU's cache. With 256 the logits of k=4 p=47 take three quarters of the time as with 1024."""
+    """The inputs in pieces of at most n' = most: what a network computes of a piece should stay in
+    a CPU's cache. With 256 the logits of k=4 p=47 take three quarters of the time that they take
+    with 1024."""
     return [a[start:start + most] for start in range(0, len(a), most)]
 
 
@@ -532,18 +534,19 @@ def half_of_all_signs(k):  # -> [2^(k-1), k]
 def paper_network(k, p):
     """The paper's max-margin network (Lemmas 4.3, E.3): 2^(2k-2) (p-1) neurons, float64, norm 1.
 
-    For each zeta, cos(x_1 + .. + x_k - y) is a sum of 2^k products of cosines and sines, where
-    x_j = 2 pi zeta a_j/p and y = 2 pi zeta c/p; each product is a sum of 2^(k-1) k-th powers:
+    For each zeta, cos(x_1 + .. + x_k - x_c) is a sum of 2^k products of cosines and sines, where
+    x_j = 2 pi zeta a_j/p and x_c = 2 pi zeta c/p; each product is a sum of 2^(k-1) k-th powers: for
+    any numbers t_1 .. t_k,
 
-        2^k k! d_1 .. d_k = sum over signs s of s_1 .. s_k (s_1 d_1 + .. + s_k d_k)^k   (Lemma E.1)
+        2^k k! t_1 .. t_k = sum over signs s of s_1 .. s_k (s_1 t_1 + .. + s_k t_k)^k   (Lemma E.1)
 
     where s and -s give the same. Raises BadInput for even p, which the paper leaves out."""
     check_size(k, p)  # before 2^k is computed
     check_size(k, p, 2 ** (2 * k - 2) * (p - 1))
     if p % 2 == 0:
         raise BadInput(f"the paper's network is for odd p, not {p}; rotated_network takes any p")
-    # A sine is a cosine turned by a quarter: sine_j = 1 makes d_j = cos(x_j - pi/2) = sin x_j. If
-    # q, the number of sines, is odd, y takes one too; (-1)^(q // 2) is the product's sign.
+    # A sine is a cosine turned by a quarter: sine_j = 1 makes t_j = cos(x_j - pi/2) = sin x_j. If
+    # q, the number of sines, is odd, x_c takes one too; (-1)^(q // 2) is the product's sign.
     sine = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
     q = sine.sum(axis=1)
     signs = half_of_all_signs(k)
@@ -559,15 +562,15 @@ def rotated_network(k, p):
     Each neuron is turned by an angle psi_s = pi s/(k+1), s = 0 .. k: the phases of u_1 .. u_k by
     psi_s, the phase of w by k psi_s. Over the signs of Lemma E.1 its neurons add up to
 
-        2^(k-1) k! cos(x_1 + psi_s) .. cos(x_k + psi_s) cos(y + k psi_s).
+        2^(k-1) k! cos(x_1 + psi_s) .. cos(x_k + psi_s) cos(x_c + k psi_s).
 
     Write each cosine as (e^(i ..) + e^(-i ..)) / 2. In the product of the x's take the term in
-    which r of the k exponents have a minus sign; times e^(-i (y + k psi_s)) it has the factor
+    which r of the k exponents have a minus sign; times e^(-i (x_c + k psi_s)) it has the factor
     e^(-2 i r psi_s), and
 
         sum over s = 0 .. k of e^(-2 pi i r s/(k+1)) = k+1 for r = 0, and 0 for r = 1 .. k.
 
-    So only r = 0 is left, with its conjugate: cos(x_1 + .. + x_k - y). p may be even (p = 2 is
+    So only r = 0 is left, with its conjugate: cos(x_1 + .. + x_k - x_c). p may be even (p = 2 is
     parity). Then there are (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) of the Nyquist frequency
     p/2, where cos(x_j) = (-1)^a_j and nothing needs to be turned."""
     check_size(k, p)
@@ -702,9 +705,12 @@ def fast_settings(**given):
 
     Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
     which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
-    has the time to settle on one frequency. Then all is free: a penalty sum_i ||theta_i||^(k+1), a
-    weight decay that sets in as the loss falls (gate), a learning rate that goes to 0. The numbers
-    were chosen on seeds from 100 up, for few steps at the paper's sizes."""
+    has the time to settle on one frequency: without this part 45% of them live at k=4 p=23. Then
+    all is free: a penalty sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls
+    (gate), a learning rate that goes to 0; what is left of other frequencies fades. The numbers
+    were chosen on seeds from 100 up, for few steps at the paper's sizes. At a higher learning rate
+    the neurons of k >= 4 do not settle; at a lower one many live on with mixed frequencies. The
+    number of steps grows with sqrt(p^k), as it takes longer to leave the noise of large D_p."""
     rule, equal = mlp_settings(**given), given.get("equal", 0.6)
     k, p, m = rule["k"], rule["p"], rule["m"]
     scale = natural_scale(k, p, m)
@@ -894,8 +900,8 @@ def attention(params, a):  # [n, k] -> [n, p]
                    - s_1 OV[a_2] - s_2 OV[a_1] - s_3 (OV[a_1] + OV[a_2]) - (s_1 + s_2) OV[q].
 
     The terms s_1 OV[a_2] and s_2 OV[a_1] know all three numbers: with S[q, a] = cos(x_q + x_a) and
-    OV[a, c] = cos(x_a - y), x_a = 2 pi zeta a/p and y = 2 pi zeta c/p, half of each is
-    cos(x_1 + x_2 + x_q - y), and training gives it the sign that makes the sum right. For k >= 4
+    OV[a, c] = cos(x_a - x_c), x_a = 2 pi zeta a/p and x_c = 2 pi zeta c/p, half of each is
+    cos(x_1 + x_2 + x_q - x_c), and training gives it the sign that makes the sum right. For k >= 4
     terms of higher order in the scores are needed, s_1 s_2 OV[a_3] at k = 4.
 
     At a collision, a_1 = a_2, the terms 2 s_1 OV[a_1] and 2 s_2 OV[a_2] have the same form as the
