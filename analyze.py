@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            if value == [] and name != "runs":  # what argparse makes of --name=--
+            if value in ([], "--") and name != "runs":  # what argparse makes of --name=--
                 self.error(f"--{name} needs a value")
         return args
 
