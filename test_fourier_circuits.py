@@ -596,7 +596,7 @@ def test_settings_of_transformers(k, p):
     check_same(fc.complete({"model": "attention", "k": k, "p": p}), {
         **common, "model": "attention", "split": "orbits", "heads": 160, "d_head": 4,
         "d_model": 128, "batch": 1024, "steps": 3000 * (k - 1), "betas": [0.9, 0.98],
-        "init_std": 0.3 ** (max(0, 5 - k) / 2), "lr": 3e-3, "weight_decay": 2,
+        "init_std": 0.6 if k < 5 else 1, "lr": 3e-3, "weight_decay": 4,
         "final_decay": final})
     assert fc.complete({"model": "transformer", "k": k, "p": p}) == {
         **common, "model": "transformer", "split": "random", "layers": 2, "heads": 4, "d_head": 16,
