@@ -38,7 +38,6 @@ the loss itself takes nothing. A gradient is called d + the name.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -152,7 +151,7 @@ def pieces(a, most):  # [n, k] -> [[n', k], ..]
 
 def power(z, k):  # [n, m] -> [n, m]
     """h = z^k, by products: numpy's z**k takes many times as long."""
-    below = functools.reduce(xp.multiply, [z] * (k - 1))  # z^(k-1)
+    below = math.prod([z] * (k - 1))  # z^(k-1)
 
     def backward(dh):
         return k * below * dh
@@ -771,11 +770,10 @@ def penalized(params, grads, config):
 
 def fast_step(run):
     """train_step for --fast: the control variate; first held sizes, then penalty, gated decay."""
-    config, params, p = run.config, run.params, run.config["p"]
-    a, network = next_batch(run), mlp
-    if config["control_variate"] == "on":
-        network = functools.partial(mlp_with_control_variate, coefficient=run.coefficient, n=len(a))
-    parts = ((piece, *network(params, piece)) for piece in pieces(a, PIECE))
+    config, params, p, a = run.config, run.params, run.config["p"], next_batch(run)
+    coefficient = run.coefficient if config["control_variate"] == "on" else 0
+    parts = ((piece, *mlp_with_control_variate(params, piece, coefficient, len(a)))
+             for piece in pieces(a, PIECE))
     loss, grads, doubt = loss_and_gradients(parts, len(a))
     # The c that makes |softmax - onehot + c (onehot - 1/p)|^2 least is p/(p-1) times doubt: 1 for a
     # network that guesses, 0 for one that knows. It is for the next batch: a coefficient that
@@ -851,8 +849,7 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, j], [n] -> [
     product. A dense product with one-hot rows would take several times as long.
     -> y, backward(dy) -> dS, dOV, db."""
     (n, j), heads, classes = key.shape, len(s), ov.shape[2]
-    token = key.reshape(-1)
-    pairs = [xp.asarray(np.flatnonzero(token == t)) for t in range(s.shape[2])]
+    pairs = [xp.asarray(np.flatnonzero(key == t)) for t in range(s.shape[2])]
     score = s.transpose(1, 2, 0)[query[:, None], key]  # [n, j, H]
     score[:, -1] += b
     A = xp.exp(score - score.max(axis=1, keepdims=True))
