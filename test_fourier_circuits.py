@@ -655,7 +655,7 @@ def test_neuron_shares_of_planted_neurons():
         one = np.cos(u + 1) * np.cos(v) + np.cos(u + v - w) + np.sin(w) + 5
         other = np.cos(2 * x) * np.cos(y)
         three = np.cos(x + y + z) * np.sqrt(3) + np.cos(3 * x - 2 * z)
-        shares = fc.neuron_shares(np.stack([one, three, other, normal(p, p, p), 0 * x + 2], axis=-1))
+        shares = fc.neuron_shares(np.stack([one, three, other, normal(p, p, p), 0 * x + 2], -1))
         assert shares[:2] == pytest.approx([1, 0.75], rel=1e-10)
         assert shares[2] < 1e-10 and 0 < shares[3] < 0.3 and shares[4] < 1e-6
 
