@@ -1422,10 +1422,6 @@ def save_run(path, run, keep=True):
     """Write a run to an .npz file, whole or not at all. keep=False: only try whether it would work.
 
     Raises BadInput if it does not, or if the file holds another run, or more of this one."""
-    if keep and os.path.exists(path):
-        there = load_run(path)
-        if there.config != run.config or there.step > run.step:
-            raise BadInput(f"{path} holds another run, or more of this one; choose another --out")
     meta = {"format": FORMAT, "config": run.config, "step": run.step, "seconds": run.seconds,
             "coefficient": float(run.coefficient), "history": run.history}
     arrays = {f"{group} {name}": to_host(x) for group in GROUPS
@@ -1433,6 +1429,10 @@ def save_run(path, run, keep=True):
     arrays |= {"train": run.train, "meta": np.array(json.dumps(meta))}
     with whole_file(path, keep) as file:
         np.savez(file, **arrays)
+        if keep and os.path.exists(path):  # the last look before it is replaced
+            there = load_run(path)
+            if there.config != run.config or there.step > run.step:
+                raise BadInput(f"{path} holds another run, or more of this one; take another --out")
 
 
 def load_run(path):
