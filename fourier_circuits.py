@@ -32,8 +32,9 @@ Letters
     d, f     width of a state, of a block's MLP   S, OV    what heads attend to, what they write
              (f(a)[c] with arguments: a logit)
     theta    all weights; theta_i those of neuron i; in a cosine its phase, as in the paper
-    x^(j)    the DFT of x at j, where ^ stands before a bracket; elsewhere it is a power
+    f^, u^_1 the DFT, where ^ stands directly after f, f~, u, w or x; elsewhere it is a power
     f~, w~   f and w less their means over the classes
+    j, h, s, t, v, x have a meaning of their own in some functions, which is given there.
 
 A layer is a function out, backward = layer(x, ..). Its backward(dout) takes the gradient of the
 loss with respect to out and returns those with respect to the layer's weights and states; the
@@ -209,7 +210,7 @@ def gaussian(weights, rng, dtype):
 
 
 def init_mlp(rng, k, p, m, init_std, dtype="float32", **_):
-    """{"u": [k, p, m], "w": [m, p]}, entries N(0, init_std^2)."""
+    """{"u": [k, p, m], "w": [m, p]}, entries N(0, init_std^2). Other settings (**_) are ignored."""
     return gaussian({"u": ((k, p, m), init_std), "w": ((m, p), init_std)}, rng, dtype)
 
 
@@ -237,10 +238,10 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **_):
     batch.
 
     Learning rate, betas, batch and warm-up are the paper's. The others were chosen on seeds from
-    100 up, so that no setting was fitted to the seeds that are reported: the first weights; the
-    decay, by which each neuron keeps one frequency (with a decay of 0.3 most stay mixed at k=3
-    p=97); and "hold", the share of the steps before the learning rate begins to fall: while it
-    falls, a neuron loses what is left of its other frequencies."""
+    100 up, so that no setting was fitted to the reported seeds 0, 1, 2 ..: the first weights; the
+    decay, which makes each neuron drop all frequencies but one (with a decay of 0.3 most stay mixed
+    at k=3 p=97); and "hold", the share of the steps before the learning rate begins to fall: while
+    it falls, a neuron loses what is left of its other frequencies."""
     m = 2 ** (2 * k - 2) * (p - 1) if m is None else m  # the width of paper_network
     check_size(k, p, m)
     return {"k": k, "p": p, "m": m, "activation": activation, "fast": False, "max_margin": False,
@@ -476,7 +477,8 @@ def max_margin(k, p):
         gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) )
 
     This is for odd p. For even p, which the paper leaves out, the Nyquist frequency p/2 gives 1/r
-    times as much margin for its norm, r = 2^(-(k-1)/2), and gamma* is (p-1)/(p-2+r) times as large.
+    times as much margin for its norm, r = 2^(-(k-1)/2), as its power is not split between j and
+    p - j, and gamma* is (p-1)/(p-2+r) times as large.
     rotated_network reaches it. No network has more: in the proof of Lemma 4.2 weigh the wrong
     classes y + Delta not alike, but (2-r)/(p-2+r) for even and r/(p-2+r) for odd Delta, so that all
     frequencies give the same."""
@@ -490,14 +492,17 @@ def normalized_margin(params):
     return evaluate(mlp_pieces(params))["margin"] / (norm(params) ** (len(params["u"]) + 1) or 1)
 
 
-# Why a neuron of the best network is a cosine (Lemma 4.2): a margin is at most the class-weighted
-# one, whose mean over D_p is, but for a factor, the sum over neurons and frequencies of
+# Why a neuron of the best network is a cosine (Lemma 4.2, odd p): a margin is at most the
+# class-weighted one, whose mean over D_p is the sum over neurons and over j = 1 .. p-1 of
 #
-#     |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
+#     k! / ((p-1) p^k)  |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
 #
-# With P_j, the neuron's power at frequency j, the product is at most (P_j / (k+1))^((k+1)/2) by the
+# With P_j = |u^_1(j)|^2 + .. + |w^(j)|^2 the product is at most (P_j / (k+1))^((k+1)/2) by the
 # inequality of arithmetic and geometric means. As this exponent is above 1, it is best to have all
-# power at one j, shared equally by u_1 .. u_k and w; and the phase error must be 0.
+# power at one pair j, p-j, shared equally by u_1 .. u_k and w; and the phase error must be 0. Then
+# P_j = P_{p-j} = p ||theta_i||^2 / 2 (Parseval), and the neuron adds gamma* ||theta_i||^(k+1); all
+# neurons add gamma* ||theta||^(k+1). That each margin reaches its mean takes every frequency, with
+# the same f^(j,..,j,-j) (Lemma F.2).
 
 
 def neuron_dft(params):  # -> complex [p, m]
@@ -621,8 +626,8 @@ def theory_check(params):
         f(a)[c] = gamma* (1{c = a_1 + .. + a_k} - 1/p),
 
     so that all wrong classes are alike (Condition 3.8); for even p ours has this f, too. For odd p
-    also the dual: the gradient of the mean class-weighted margin is gamma* times that of
-    sum_i ||theta_i||^(k+1).
+    also the first-order (dual) condition, which is necessary: the gradient of the mean
+    class-weighted margin is gamma* times that of sum_i ||theta_i||^(k+1).
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
     gamma, onehot, spread, deviation = max_margin(k, p), xp.eye(p), 0.0, 0.0
@@ -657,20 +662,19 @@ def theory_check(params):
 def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
     """mlp (z^k), with a backward whose gradients have less noise; n: inputs in the whole batch.
 
-    Write x_j = u_j(a_j), w~ = w - mean_c w, and y = a_1 + .. + a_k. Then over all of D_p, for any
-    weights,
+    Write v_j = u_j(a_j) and y = a_1 + .. + a_k. Then over all of D_p, for any weights,
 
-        R = mean_a sum_i r_i(a) w~_i(y) = 0,     r = z^k - k! x_1 .. x_k.
+        R = mean over a of sum_i rest_i(a) w~_i(y) = 0,     rest = z^k - k! v_1 .. v_k.
 
-    Expand z^k. If a monomial lacks some x_j, average over a_j first: only w~_i(y) depends on it,
-    and its average is 0. The only monomial of degree k that has every x_j is x_1 .. x_k, which r
-    subtracts. On a batch R is not 0, but only noise: R is a control variate. To first order in the
+    Expand z^k. If a monomial lacks some v_j, average over a_j first: only w~_i(y) depends on it,
+    and its average is 0. The only monomial of degree k that has every v_j is v_1 .. v_k, which is
+    subtracted. On a batch R is not 0, but only noise: R is a control variate. To first order in the
     logits cross-entropy is
 
         log p - mean_a sum_i z_i^k w~_i(y),
 
     so that the noise of R is in the gradient, too. It is most of the noise: at Gaussian weights the
-    mean square of z^k is 3, 11, 47, 205 times that of the product term k! x_1 .. x_k at k = 2, 3,
+    mean square of z^k is 3, 11, 47, 205 times that of the product term k! v_1 .. v_k at k = 2, 3,
     4, 5. So this backward, given the gradient of cross-entropy by the logits, adds the gradient of
 
         coefficient * R.
@@ -679,12 +683,12 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
 
     What it is not: R assumes all p^k inputs. On a training half its mean is not 0, so this is not
     the gradient of that half's cross-entropy: it is told that the data are a whole group.
-    (The products of all x but x_j are built up step by step; each from the start would take more
+    (The products of all v but v_j are built up step by step; each from the start would take more
     of them.)"""
     u, w = params["u"], params["w"]
     k, p, _ = u.shape
-    x = [u[j][a[:, j]] for j in range(k)]
-    h, power_backward = power(sum(x), k)
+    v = [u[j][a[:, j]] for j in range(k)]
+    h, power_backward = power(sum(v), k)
 
     def backward(dlogits):
         eye = xp.eye(p, dtype=u.dtype)
@@ -693,25 +697,25 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
         toward_right = coefficient / n * (right - 1 / p)
         dlogits = dlogits + toward_right
         dz = power_backward(dlogits @ w.T)
-        # R = .. - mean of k! x_1 .. x_k w~(y)
+        # R = .. - mean of k! v_1 .. v_k w~(y)
         dproduct = -math.factorial(k) * toward_right  # by the logits of the product term alone
-        begun = list(itertools.accumulate(x, xp.multiply))  # x_1, x_1 x_2, .., x_1 .. x_k
+        begun = list(itertools.accumulate(v, xp.multiply))  # v_1, v_1 v_2, .., v_1 .. v_k
         dw = h.T @ dlogits + begun[-1].T @ dproduct
-        rest = dproduct @ w.T  # by the product x_1 .. x_k; then by x_1 .. x_j, for j = k-1 .. 1
+        dbegun = dproduct @ w.T  # by v_1 .. v_k; then by v_1 .. v_j, for j = k-1 .. 1
         du = xp.empty_like(u)
         for j in range(k - 1, 0, -1):
-            du[j] = onehot[:, j].T @ (dz + begun[j - 1] * rest)
-            rest *= x[j]
-        du[0] = onehot[:, 0].T @ (dz + rest)
+            du[j] = onehot[:, j].T @ (dz + begun[j - 1] * dbegun)
+            dbegun *= v[j]
+        du[0] = onehot[:, 0].T @ (dz + dbegun)
         return {"u": du, "w": dw}
 
     return h @ w, backward
 
 
 def natural_scale(k, p, m):
-    """The root mean square of the entries at which m ideal neurons of equal norm have margin 10 on
-    every input, gamma* m norm^(k+1) (Theorem 4.1), so that the loss is about p e^-10; a neuron has
-    (k+1) p entries."""
+    """m ideal neurons of equal norm have the margin gamma* m norm^(k+1) on every input (Theorem
+    4.1). This is the root mean square of their entries, (k+1) p each, when that is 10, where the
+    loss is about p e^-10."""
     return (10 / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
 
 
@@ -726,7 +730,8 @@ def fast_settings(**given):
     (gate), a learning rate that goes to 0; what is left of other frequencies fades. The numbers
     were chosen on seeds from 100 up, for few steps at the paper's sizes. At a higher learning rate
     the neurons of k >= 4 do not settle; at a lower one many live on with mixed frequencies. The
-    number of steps grows with sqrt(p^k), as it takes longer to leave the noise of large D_p."""
+    number of steps was found by trial at six sizes: the larger D_p, the longer it takes to leave
+    the noise."""
     rule, equal = mlp_settings(**given), given.get("equal", 0.6)
     k, p, m = rule["k"], rule["p"], rule["m"]
     scale = natural_scale(k, p, m)
@@ -779,7 +784,7 @@ def fast_step(run):
              for piece in pieces(a, PIECE))
     loss, grads, doubt = loss_and_gradients(parts, len(a))
     # The coefficient that makes |softmax - onehot + coefficient (onehot - 1/p)|^2 least is p/(p-1)
-    # times doubt: 1 for a network that guesses, 0 for one that knows; before, it can be above 1.
+    # times doubt: 1 for a network that guesses, 0 for one that knows, more than 1 for a wrong one.
     # It is for the next batch: one that depends on the batch that it serves could add a bias.
     run.coefficient = (p / (p - 1) * doubt).clip(0, 1)
     rms, lr = held_rms(config, run.step), learning_rate(config, run.step)
@@ -822,7 +827,8 @@ def collisions(k, p):  # -> bool [p^k], on the host
 
 
 def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **_):
-    """Embedding N(0, init_std^2 / 4), weights N(0, init_std^2 / fan-in), b ~ N(0, 1)."""
+    """Embedding N(0, init_std^2 / 4), weights N(0, init_std^2 / fan-in), b ~ N(0, 1), so that heads
+    begin with different weights of the query."""
     read = (d_model, heads, d_head), init_std / math.sqrt(d_model)
     write = (heads, d_head, p), init_std / math.sqrt(heads * d_head)
     return gaussian({"E": ((p, d_model), init_std / 2), **dict.fromkeys(HEADS[:3], read),
@@ -918,10 +924,16 @@ def attention(params, a):  # [n, k] -> [n, p]
                    + 2 s_1 OV[a_1] + 2 s_2 OV[a_2] + 2 s_3 OV[q]
                    - s_1 OV[a_2] - s_2 OV[a_1] - s_3 (OV[a_1] + OV[a_2]) - (s_1 + s_2) OV[q].
 
-    The terms s_1 OV[a_2] and s_2 OV[a_1] know all three numbers: with S[q, a] = cos(x_q + x_a) and
-    OV[a, c] = cos(x_a - x_c), x_a = 2 pi zeta a/p and x_c = 2 pi zeta c/p, half of each is
-    cos(x_1 + x_2 + x_q - x_c), and training gives it the sign that makes the sum right. For k >= 4
-    terms of higher order in the scores are needed, s_1 s_2 OV[a_3] at k = 4.
+    The terms -s_1 OV[a_2] and -s_2 OV[a_1] know all three numbers. With x_a = 2 pi zeta a/p,
+    x_c = 2 pi zeta c/p and a phase psi of the head take
+
+        S[q, a] = -cos(x_q + x_a + psi),     OV[a, c] = cos(x_a - x_c - psi).
+
+    Half of each such term is cos(x_1 + x_2 + x_q - x_c), as wanted; the other half,
+    cos(x_q + x_1 - x_2 + x_c + 2 psi) or with 1 and 2 exchanged, cancels over heads of different
+    psi. All other terms know at most two of the numbers. (This is a sketch: training finds scores
+    that are not small.) For k >= 4 terms of higher order in the scores are needed, s_1 s_2 OV[a_3]
+    at k = 4.
 
     At a collision, a_1 = a_2, the terms 2 s_1 OV[a_1] and 2 s_2 OV[a_2] have the same form as the
     useful terms, twice their size and the opposite sign: such a head points away from the right
@@ -941,12 +953,12 @@ def attention_settings(k=3, p=31, **_):
     """The settings of one layer of attention, a dict. The 160 heads and the width of 128 are the
     paper's; the other numbers were chosen on seeds from 100 up.
 
-    For small k the collisions (see attention) generalize only from small first weights; but from
-    too small ones (0.3) one or two frequencies win before the others have grown, and some seeds of
-    k=3 p=61 never know all sums. The decay is gated (gate): decay from the first step on ends the
-    learning at k >= 4 before it begins. Decay also makes the network forget its collisions, so in
-    the second half of the steps it is times final_decay, which is smaller where collisions are
-    common: 1 without any, 0 where they are 4/9 of the inputs."""
+    For small k the collisions (see attention) that were not trained on are known only after small
+    first weights; but after too small ones (0.3) one or two frequencies win before the others have
+    grown, and some seeds of k=3 p=61 never know all sums. The decay is gated (gate): decay from the
+    first step on ends the learning at k >= 4 before it begins. Decay also makes the network forget
+    its collisions, so in the second half of the steps it is times final_decay, which is smaller
+    where collisions are common: 1 without any, 0 where they are 4/9 of the inputs."""
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
             "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
@@ -986,7 +998,7 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     block_share    share of the power of S_h in its two strongest query frequencies times its two
                    strongest key frequencies: the paper's "two cosines in each dimension"
     size           rms(S_h) rms(OV_h); live: at least a twentieth of the largest
-    single         live, and key, token and class share are over 95%; used: over half
+    single         live, and key, token and class share are each over 95%; used: over half
     summary        for a line of progress; frequencies_used counts those of used heads"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
     spectrum = head_spectrum(s)
@@ -1029,7 +1041,8 @@ def ablate_heads(params):
 
 
 # ---- Transformers of whole blocks (Figure 4), after Power et al. 2022 ----------------------------
-# Blocks, with a causal mask: x += attention(layernorm(x)), x += relu(layernorm(x) W_1) W_2.
+# Blocks, with a causal mask: x += attention(layernorm(x)), x += relu(layernorm(x) W_1) W_2; after
+# the last block logits = layernorm(x) W_U.
 #     E [p, d]   token embedding                     W_Q, W_K, W_V [d, H, e]   of block 1: "W_Q 1"
 #     P [k, d]   position embedding                  W_O [H, e, d]
 #     W_U [d, p] logits at the last position         W_1 [d, f], W_2 [f, d]
@@ -1198,9 +1211,9 @@ def transformer_settings(k=2, p=97, layers=2, **_):
     """The settings of a transformer, a dict: a light model, by AdamW with clipping. (--figure 4
     takes the published size, the paper's betas and no clipping instead.)
 
-    With decay 1 some seeds do not grok at k=2 p=97 within these steps. A long momentum, and the
-    gradient clipped to norm clip, keep the accuracy at k=2 and 3 from falling after it has reached
-    99%."""
+    With decay 1 some seeds do not reach 99% of test at k=2 p=97 within these steps. A long
+    momentum, and the gradient clipped to norm clip, keep the accuracy at k=2 and 3 from falling
+    after it has reached 99%."""
     return {"k": k, "p": p, "layers": layers, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256,
             "split": "random", "train_fraction": 0.5, "steps": 2500, "batch": 512, "lr": 1e-3,
             "hold": 0.5, "init_std": 0.5, "betas": [0.98, 0.98], "eps": 1e-8, "weight_decay": 2,
@@ -1214,7 +1227,7 @@ def clipped(grads, most):
 
 
 def neuron_shares(x):  # [p, .., p, f] -> [f]
-    """The share of the variance of functions on Z_p^k that one frequency has.
+    """The share of the variance of functions on Z_p^k, arrays [p, .., p], that one frequency has.
 
     For each zeta, add the power of all entries of the DFT whose k indices are each 0, zeta or -zeta
     (not all 0). The largest of these sums over zeta, divided by that of all entries; 0 for a
@@ -1223,7 +1236,7 @@ def neuron_shares(x):  # [p, .., p, f] -> [f]
     At k = 2 this is the measure of Nanda et al. 2023 (arXiv 2301.05217)."""
     p, axes = len(x), tuple(range(x.ndim - 1))
     spectrum = np.abs(np.fft.fftn(x, axes=axes)) ** 2
-    rounding = 1e-24 * spectrum[(0,) * len(axes)]  # of a constant, which has no variance
+    rounding = 1e-24 * spectrum[(0,) * len(axes)]  # float64's, squared, of a constant
     spectrum[(0,) * len(axes)] = 0
     at = [spectrum[np.ix_(*[sorted({0, zeta, p - zeta})] * len(axes))].sum(axis=axes)
           for zeta in range(1, p // 2 + 1)]
@@ -1344,7 +1357,7 @@ class Run:
         train, k, p = self.train, self.config["k"], self.config["p"]
         if self.config["model"] == "attention":  # one input of each orbit
             train = train & (orbits(k, p, k - 1) == np.arange(p**k))
-        self.index = np.flatnonzero(train)  # the numbers of the inputs to train on, see digits
+        self.index = np.flatnonzero(train)  # indices of the inputs to train on, see digits
 
 
 def new_run(config):
@@ -1379,9 +1392,10 @@ def train_step(run):
 
 def progress(run):
     """A line of history: loss and accuracy on up to 4096 fixed inputs of the training part and of
-    the test part; the circuit's share of the logits on those of the test part (or, if there is
-    none, of the training part); the measures of the weights. In a max-margin run also the
-    normalized margin over gamma*, on all of D_p."""
+    the test part (attention's training part has all orders of what it trains on); the circuit's
+    share of the logits on those of the test part or, if there is none, of the training part; the
+    measures of the weights. In a max-margin run also the normalized margin over gamma*, on all of
+    D_p."""
     config, params = run.config, run.params
     k, p = config["k"], config["p"]
     line, rng = {"step": run.step}, stream(config, 3)
@@ -1407,7 +1421,7 @@ def whole_file(path, keep=True):
     part = os.path.join(os.path.dirname(path), f".{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # a directory, a pipe, ..
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # fails where we cannot write
         with open(part, "xb") as file:
             yield file
             file.flush()
