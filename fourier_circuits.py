@@ -259,7 +259,7 @@ def learning_rate(config, step):
 def loss_and_gradients(parts, n):
     """Mean cross-entropy over n inputs in pieces (inputs, logits, backward), and its gradients.
 
-    -> loss, {name: gradient}, doubt: the mean of 1 - softmax[y], for the control variate's use."""
+    -> loss, {name: gradient}, doubt: the mean probability of all wrong classes, for fast_step."""
     loss, doubt, grads = 0, 0, {}
     for a, logits, backward in parts:
         y, share = labels(a, logits.shape[1]), len(a) / n
@@ -407,7 +407,7 @@ def evaluate(parts):
     right            bool [n], on the host; accuracy: their share
     loss             the mean cross-entropy
     margin           the smallest
-    circuit          g [p], the part of the logits that depends on a_1 + .. + a_k - c alone
+    circuit          g [p], the part of the logits that depends on c - a_1 - .. - a_k alone
     circuit_share    the circuit's share of the power of the logits
 
     With f~ = f less its mean over the classes,
@@ -501,8 +501,8 @@ def normalized_margin(params):
 # inequality of arithmetic and geometric means. As this exponent is above 1, it is best to have all
 # power at one pair j, p-j, shared equally by u_1 .. u_k and w; and the phase error must be 0. Then
 # P_j = P_{p-j} = p ||theta_i||^2 / 2 (Parseval), and the neuron adds gamma* ||theta_i||^(k+1); all
-# neurons add gamma* ||theta||^(k+1). That each margin reaches its mean takes every frequency, with
-# the same f^(j,..,j,-j) (Lemma F.2).
+# neurons add gamma* ||theta||^(k+1). The smallest margin equals the mean only if all margins do;
+# then f^(j,..,j,-j) is the same for every j != 0, and so every frequency is used (Lemma F.2).
 
 
 def neuron_dft(params):  # -> complex [p, m]
@@ -714,8 +714,8 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
 
 def natural_scale(k, p, m):
     """m ideal neurons of equal norm have the margin gamma* m norm^(k+1) on every input (Theorem
-    4.1). This is the root mean square of their entries, (k+1) p each, when that is 10, where the
-    loss is about p e^-10."""
+    4.1). Returns the root mean square of a neuron's (k+1) p entries at which this margin is 10, and
+    the loss about p e^-10."""
     return (10 / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
 
 
@@ -725,7 +725,7 @@ def fast_settings(**given):
 
     Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
     which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
-    has the time to settle on one frequency: without this part 45% of them live at k=4 p=23. Then
+    has the time to settle on one frequency; without it only 45% stay alive at k=4 p=23. Then
     all is free: a penalty sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls
     (gate), a learning rate that goes to 0; what is left of other frequencies fades. The numbers
     were chosen on seeds from 100 up, for few steps at the paper's sizes. At a higher learning rate
@@ -953,12 +953,13 @@ def attention_settings(k=3, p=31, **_):
     """The settings of one layer of attention, a dict. The 160 heads and the width of 128 are the
     paper's; the other numbers were chosen on seeds from 100 up.
 
-    For small k the collisions (see attention) that were not trained on are known only after small
-    first weights; but after too small ones (0.3) one or two frequencies win before the others have
-    grown, and some seeds of k=3 p=61 never know all sums. The decay is gated (gate): decay from the
-    first step on ends the learning at k >= 4 before it begins. Decay also makes the network forget
-    its collisions, so in the second half of the steps it is times final_decay, which is smaller
-    where collisions are common: 1 without any, 0 where they are 4/9 of the inputs."""
+    At small k, collisions (see attention) that were not trained on are answered correctly only if
+    the first weights are small; but if they are too small (0.3), one or two frequencies win before
+    the others have grown, and some seeds of k=3 p=61 never learn all sums. The decay is gated
+    (gate): decay from the first step on ends the learning at k >= 4 before it begins. Decay also
+    makes the network forget its collisions, so in the second half of the steps it is times
+    final_decay, which is smaller where collisions are common: 1 without any, 0 where they are 4/9
+    of the inputs."""
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
             "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
@@ -1002,7 +1003,8 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     summary        for a line of progress; frequencies_used counts those of used heads"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
     spectrum = head_spectrum(s)
-    folded = spectrum[:, u] + spectrum[:, -u] * (u != -u % s.shape[1])[:, None]  # u with -u
+    # Add the query frequency -u to u; 0 and p/2 have no partner.
+    folded = spectrum[:, u] + spectrum[:, -u] * (u != -u % s.shape[1])[:, None]
     spectra = (folded.sum(axis=1), power_spectrum(ov.transpose(0, 2, 1)).sum(axis=1),
                power_spectrum(ov).sum(axis=1))  # [H, p // 2 + 1] of keys, tokens, classes
     zeta, token, by_class = (x.argmax(axis=1) for x in spectra)
@@ -1090,20 +1092,20 @@ def first_attention(table, weights, a, p, last):  # [k p, d], .., [n, k] -> [n, 
     later = position[:, None] < position  # [query, key]
     key = a + p * np.arange(k)  # [n, k], rows of the table
     query = key[:, -1:] if last else key
-    each = query.shape[1]
+    queries = query.shape[1]
     query = query.reshape(-1)
     y, attend_backward = attend(xp.where(later, -xp.inf, s), ov, xp.zeros(len(s), s.dtype),
-                                key.repeat(each, axis=0), query)
+                                key.repeat(queries, axis=0), query)
 
     def backward(dx):
-        dx = dx.reshape(n * each, table.shape[1])
-        ds, dov, _ = attend_backward(dx)
+        dx = dx.reshape(n * queries, table.shape[1])
+        ds, dov, _ = attend_backward(dx)  # ds is 0 where a score is masked, as there A is 0
         dz, dweights = circuits_backward(ds, dov)
         # x = table[query] + ..
         onehot = xp.eye(k * p, dtype=table.dtype)[query]
         return norm_backward(dz) + onehot.T @ dx, dweights
 
-    return (table[query] + y).reshape(n, each, table.shape[1]), backward
+    return (table[query] + y).reshape(n, queries, table.shape[1]), backward
 
 
 def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [n, 1, d] if last
@@ -1392,10 +1394,9 @@ def train_step(run):
 
 def progress(run):
     """A line of history: loss and accuracy on up to 4096 fixed inputs of the training part and of
-    the test part (attention's training part has all orders of what it trains on); the circuit's
-    share of the logits on those of the test part or, if there is none, of the training part; the
-    measures of the weights. In a max-margin run also the normalized margin over gamma*, on all of
-    D_p."""
+    the test part (attention's training part has all orders of what it trains on); circuit_share, on
+    the test inputs (if there are none, on the training inputs); the measures of the weights. In a
+    max-margin run also the normalized margin over gamma*, on all of D_p."""
     config, params = run.config, run.params
     k, p = config["k"], config["p"]
     line, rng = {"step": run.step}, stream(config, 3)
