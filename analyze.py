@@ -136,10 +136,10 @@ def report_heads(run, whole, first, sample):
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
     kept, rest = (fc.evaluate((a, logits(a)) for a in fc.pieces(sample, 4 * fc.PIECE))["accuracy"]
                   for logits in fc.ablate_heads(run.params))
-    measures, live = fc.head_spectra(run.params), fc.head_spectra(run.params)["live"]
+    measures, before = fc.head_spectra(run.params), fc.head_spectra(first)
     noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]
     result = {}
-    for ending, x, part in (("", measures, live), ("_at_init", fc.head_spectra(first), ...),
+    for ending, x, part in (("", measures, measures["live"]), ("_at_init", before, ...),
                             ("_at_random", fc.table_spectra(*noise), ...)):
         result |= {f"{name}{ending}": float(np.median(x[name][part])) for name in SHARES}
         result |= {f"same_frequency{ending}": float(x["same"][part].mean()),

@@ -3,7 +3,7 @@
     python train.py --k 3 --p 23                    the circuit, by textbook AdamW: 10 seconds
     python train.py --k 3 --p 23 --fast             the same by our fast rule: 5 seconds
     python train.py --k 3 --p 23 --max-margin       the largest normalized margin: one minute
-    python train.py --k 4 --p 47 --batch 16384      Figure 1 by textbook AdamW: half an hour
+    python train.py --k 4 --p 47 --batch 16384      Figure 1 by textbook AdamW: up to an hour
     python train.py --figure 1                      Figures 1, 5, 7 by the fast rule: minutes
     python train.py --model attention               one layer of attention, k = 3, p = 31: 80 s
     python train.py --figure 3                      Figures 3, 9, 10: 2 to 5 minutes
