@@ -157,7 +157,7 @@ def pieces(a, most):  # [n, k] -> [[n', k], ..]
 
 def power(z, k):  # [n, m] -> [n, m]
     """h = z^k, by products: numpy's z**k takes many times as long."""
-    below = math.prod([z] * (k - 1))  # z^(k-1)
+    below = math.prod([z] * (k - 2), start=z)  # z^(k-1)
 
     def backward(dh):
         return k * below * dh
