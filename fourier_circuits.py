@@ -8,7 +8,9 @@ frequency each. It observes that training finds just these neurons, and that the
 of transformers become two-dimensional cosines.
 
 The sections. Each uses what stands above it; only the class Run, a training run with its settings,
-weights and moments, is defined in the last:
+weights and moments, is defined in the last. To go from Eq. 2 to a trained neuron to the theorem
+read from "data" to "the best"; "attention" and "transformer" can be read by themselves. Functions
+that nothing here calls serve train.py and analyze.py.
 
     arrays         use_device, to_host
     data           all_inputs, labels, split                                           Eq. 1
@@ -34,7 +36,7 @@ Letters
     theta    all weights; theta_i those of neuron i; in a cosine its phase, as in the paper
     f^, u^_1 the DFT, where ^ stands directly after f, f~, u, w or x; elsewhere it is a power
     f~, w~   f and w less their means over the classes
-    j, h, s, t, v, x have a meaning of their own in some functions, which is given there.
+    h, j, s, t, v, x have another meaning in some functions, which is given there.
 
 A layer is a function out, backward = layer(x, ..). Its backward(dout) takes the gradient of the
 loss with respect to out and returns those with respect to the layer's weights and states; the
@@ -55,9 +57,9 @@ import numpy as np
 # ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
 
 xp = np
-PIECE = 256  # inputs that a network sees at a time, see pieces
+PIECE = 256  # inputs that a network sees at a time, see pieces; use_device changes it
 MAX_BYTES = 2**31  # of all inputs, and of the weights with their gradients and AdamW's moments
-TINY = 1e-30  # in a denominator, where all-zero weights have power 0, not 0/0
+TINY = 1e-30  # the smallest denominator: all-zero weights have a share of 0, not of 0/0
 
 
 class BadInput(ValueError):
@@ -87,15 +89,15 @@ def to_host(x):
 
 
 # ---- Data: D_p, all p^k inputs with their sums modulo p (Eq. 1) ----------------------------------
-# Inputs and labels are always on the host: they only serve as indices.
+# Inputs and labels are always on the host: they only serve as indices, and cupy takes numpy's.
 
 
 def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
     if k < 2 or p < 2 or m < 1:
         raise BadInput(f"k = {k} and p = {p} must be at least 2, m = {m} at least 1")
-    # First the logarithm, so that no huge p^k is computed. 8 bytes for a number of an input, 16 for
-    # a weight: itself, its gradient and two moments in float32.
+    # 2^200 is too large in any case, and computing p^k for k = 10^6 would take long. 8 bytes for a
+    # number of an input, 16 for a weight: itself, its gradient and two moments in float32.
     if k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
         raise BadInput(f"too large: k = {k}, p = {p} have p^k inputs, m neurons (k+1) p weights; "
                        f"they exceed {MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
@@ -120,11 +122,11 @@ def labels(a, p):  # [n, k] -> [n]
 
 
 def split(k, p, fraction, rng, orbit=None):
-    """A random part of D_p to train on: bool [p^k] on the host, True on round(fraction p^k) inputs.
+    """A random part of D_p to train on: bool [p^k] on the host, True for this fraction of D_p.
 
-    orbit: int [p^k], each input's group; if given, this fraction of the groups is drawn, and each
-    group is in the part as a whole or not at all. rng: a numpy Generator. Raises BadInput if the
-    fraction is outside (0, 1] or selects nothing."""
+    orbit: int [p^k], a group for each input, such as orbits gives; then the fraction is one of the
+    groups, and each group is in the part as a whole or not at all. rng: a numpy Generator. Raises
+    BadInput if the fraction is outside (0, 1] or selects nothing."""
     check_size(k, p)
     orbit = np.arange(p**k) if orbit is None else orbit
     groups = np.unique(orbit)
@@ -140,15 +142,14 @@ def orbits(k, p, count):  # -> int [p^k], on the host
     if they differ only in the order of their first `count` numbers. See split.
 
     orbits(2, 3, 2) -> [0, 1, 2, 1, 4, 5, 2, 5, 8]: [1, 0] is in the orbit of [0, 1], which is 1."""
-    a = np.stack(np.unravel_index(np.arange(p**k), (p,) * k), axis=1)
+    a = digits(np.arange(p**k), k, p)
     a[:, :count].sort(axis=1)
     return a @ p ** np.arange(k - 1, -1, -1)
 
 
 def pieces(a, most):  # [n, k] -> [[n', k], ..]
     """The inputs in pieces of at most n' = most: what a network computes of a piece should stay in
-    a CPU's cache. With 256 the logits of k=4 p=47 take three quarters of the time that they take
-    with 1024."""
+    a CPU's cache. The logits of k=4 p=47 take a quarter less time with 256 than with 1024."""
     return [a[start:start + most] for start in range(0, len(a), most)]
 
 
@@ -157,7 +158,7 @@ def pieces(a, most):  # [n, k] -> [[n', k], ..]
 
 def power(z, k):  # [n, m] -> [n, m]
     """h = z^k, by products: numpy's z**k takes many times as long."""
-    below = math.prod([z] * (k - 2), start=z)  # z^(k-1)
+    below = math.prod([z] * (k - 2), start=z)  # z^(k-1); start: no product of 1 and z
 
     def backward(dh):
         return k * below * dh
@@ -174,7 +175,8 @@ def relu(z):  # [n, m] -> [n, m]
 
 
 def mlp(params, a, activation="power"):  # [n, k] -> [n, p]
-    """The network of Eq. 2 on inputs a; activation "power" (z^k) or "relu".
+    """The network of Eq. 2 on inputs a: params are u [k, p, m] and w [m, p]; activation "power"
+    (z^k) or "relu".
 
     -> logits, backward(dlogits) -> {"u": du, "w": dw}."""
     u, w = params["u"], params["w"]
@@ -203,10 +205,11 @@ def mlp_pieces(params, a=None, activation="power"):
         yield piece, *mlp(params, piece, activation)
 
 
-def gaussian(weights, rng, dtype):
-    """{name: N(0, std^2)} for weights {name: (shape, std)}; drawn on the host, for any device."""
+def gaussian(sizes, rng, dtype):
+    """First weights {name: N(0, std^2)} for sizes {name: (shape, std)}; drawn on the host, so that
+    they are the same on any device."""
     return {name: xp.asarray((std * rng.standard_normal(shape)).astype(dtype))
-            for name, (shape, std) in weights.items()}
+            for name, (shape, std) in sizes.items()}
 
 
 def init_mlp(rng, k, p, m, init_std, dtype="float32", **_):
@@ -233,15 +236,14 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
 
 
 def mlp_settings(k=3, p=23, m=None, activation="power", **_):
-    """The settings by which an MLP trains, a dict: one set of defaults, whatever k and p, but for
-    the width m. They are enough at k=3 p=23; larger sizes need more steps, k=4 and 5 also a larger
-    batch.
+    """The settings by which an MLP trains, a dict: the same for all k and p, but for the width m.
+    They are enough at k=3 p=23; larger sizes need more steps, k=4 and 5 also a larger batch.
 
     Learning rate, betas, batch and warm-up are the paper's. The others were chosen on seeds from
-    100 up, so that no setting was fitted to the reported seeds 0, 1, 2 ..: the first weights; the
-    decay, which makes each neuron drop all frequencies but one (with a decay of 0.3 most stay mixed
-    at k=3 p=97); and "hold", the share of the steps before the learning rate begins to fall: while
-    it falls, a neuron loses what is left of its other frequencies."""
+    100 up, so that none was fitted to the reported seeds 0, 1, 2 .. These are the first weights;
+    the decay, which makes each neuron drop all frequencies but one (with a decay of 0.3 most stay
+    mixed at k=3 p=97); and "hold", the share of the steps before the learning rate begins to fall:
+    while it falls, a neuron loses what is left of its other frequencies."""
     m = 2 ** (2 * k - 2) * (p - 1) if m is None else m  # the width of paper_network
     check_size(k, p, m)
     return {"k": k, "p": p, "m": m, "activation": activation, "fast": False, "max_margin": False,
@@ -250,23 +252,25 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **_):
 
 
 def learning_rate(config, step):
-    """lr at this step, counted from 0: ten steps of warm-up; from the share "hold" of all steps on
-    linearly to 0."""
+    """The learning rate at this step, counted from 0. It rises to lr in ten steps and stays there;
+    from the share "hold" of all steps on it falls linearly to 0."""
     warm, done = min(1, (step + 1) / 10), step / config["steps"]
     return config["lr"] * warm * min(1, (1 - done) / (1 - config["hold"]))
 
 
 def loss_and_gradients(parts, n):
-    """Mean cross-entropy over n inputs in pieces (inputs, logits, backward), and its gradients.
+    """Mean cross-entropy over n inputs, which come in pieces (inputs, logits, backward), and its
+    gradients. -> loss, {name: gradient}, doubt.
 
-    -> loss, {name: gradient}, doubt: the mean probability of all wrong classes, for fast_step."""
+    doubt is the mean probability of all wrong classes together, 1 - softmax[y]; only fast_step
+    uses it."""
     loss, doubt, grads = 0, 0, {}
     for a, logits, backward in parts:
         y, share = labels(a, logits.shape[1]), len(a) / n
         piece_loss, loss_backward = cross_entropy(logits, y)
         dlogits = share * loss_backward()
         loss = loss + share * piece_loss
-        doubt = doubt - dlogits[np.arange(len(a)), y].sum()
+        doubt = doubt - dlogits[np.arange(len(a)), y].sum()  # there it is (softmax - 1) / n
         for name, d in backward(dlogits).items():
             grads[name] = grads.get(name, 0) + d
     return loss, grads, doubt
@@ -275,8 +279,8 @@ def loss_and_gradients(parts, n):
 def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
 
-    first, second: means of the gradient and of its square, running at betas; step counts from 1.
-    Biases, of one axis, do not decay."""
+    first, second: exponential means of the gradient and of its square, with decay rates betas; step
+    counts from 1. Biases, arrays of one axis, do not decay."""
     beta1, beta2 = betas
     for name, x in params.items():
         g, mean, square = grads[name], first[name], second[name]
@@ -289,8 +293,8 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8)
 
 
 def stream(config, *use):
-    """A separate random generator for each use: (0) is the split, (1) the first weights, (2, step)
-    a batch, (3) the inputs of a line of progress."""
+    """A separate random generator for each use: 0 is the split; 1 the first weights; 2, step the
+    batch of a step; 3 the inputs of a line of progress."""
     return np.random.default_rng(np.random.SeedSequence(config["seed"], spawn_key=use))
 
 
@@ -330,13 +334,14 @@ def power_spectrum(x):  # [.., p] -> [.., p // 2 + 1]
 
 
 def max_normalized_power(x):  # [.., p] -> [..]
-    """The largest share of power at a zeta >= 1, the mean included in the whole; 1 for a cosine."""
+    """The share of all power, that of the mean included, which the strongest frequency zeta >= 1
+    has; 1 for a cosine."""
     spectrum = power_spectrum(x)
     return spectrum[..., 1:].max(axis=-1) / np.maximum(spectrum.sum(axis=-1), TINY)
 
 
 def at_frequency(x, zeta):  # [.., p], int [..] -> [.., p]
-    """x, on the host, with nothing left in its last axis but the frequencies zeta."""
+    """x, on the host, with only the frequency zeta kept along its last axis."""
     p = x.shape[-1]
     transform = np.fft.rfft(x) * (np.arange(p // 2 + 1) == zeta[..., None])
     return np.fft.irfft(transform, n=p).astype(x.dtype)
@@ -354,7 +359,8 @@ def neuron_norms(params):  # -> [m]
 
 
 def neuron_spectra(params):
-    """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host.
+    """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host. (By the theorem
+    u_1 .. u_k and w also have one size; efficiency sees that.)
 
     frequency [m]       zeta with most power in u_1..u_k and w together
     concentration [m]   share of the neuron's power at zeta, the means included in the whole
@@ -363,7 +369,7 @@ def neuron_spectra(params):
     phase_error [m]     |theta_1 + .. + theta_k - theta_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
     live [m]            norm above a tenth of the largest
     single [m]          live, and over 95% of the power at zeta
-    summary             for a line of progress; frequencies_used counts those of single neurons"""
+    summary             four numbers; frequencies_used counts the frequencies of single neurons"""
     vectors, norms = to_host(neurons(params)), to_host(neuron_norms(params))
     spectrum = power_spectrum(vectors).sum(axis=0)  # [m, p // 2 + 1]
     zeta, each = 1 + spectrum[:, 1:].argmax(axis=1), np.arange(len(norms))
@@ -384,7 +390,8 @@ def neuron_spectra(params):
 def ablate(params):
     """The causal check: the network restricted to each neuron's own frequency, and the rest.
 
-    -> restricted, excluded, which add up to params (after Nanda et al. 2023, arXiv 2301.05217)."""
+    -> restricted, excluded: weights that add up to params; their logits do not add up (after Nanda
+    et al. 2023, arXiv 2301.05217)."""
     vectors = to_host(neurons(params))
     kept = at_frequency(vectors, neuron_spectra(params)["frequency"])
     return [{"u": xp.asarray(x[:-1].transpose(0, 2, 1)), "w": xp.asarray(x[-1])}
@@ -415,8 +422,12 @@ def evaluate(parts):
         g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
         circuit_share = n sum_Delta g(Delta)^2 / sum_{a,c} f~(a)[c]^2.
 
-    Over D_p this is Lemma F.2's diagonal: by Parseval it is the share of the power of f~'s DFT that
-    lies on (j, .., j, -j). It is 1 for a max-margin network, 1/n on average for random logits."""
+    Over D_p this is Lemma F.2's diagonal, as
+
+        sum over Delta of g(Delta) e^(2 pi i j Delta / p) = f~^(j, .., j, -j) / p^k,
+
+    and by Parseval circuit_share is the share of the power of f~'s DFT that lies on (j, .., j, -j).
+    It is 1 for a max-margin network, 1/n on average for random logits."""
     margin, loss, g, total = [], 0.0, 0.0, 0.0
     for a, logits, *_ in parts:
         y = labels(a, logits.shape[1])
@@ -427,10 +438,10 @@ def evaluate(parts):
         g = g + to_host(shifted.sum(axis=0, dtype="float64"))
         total += float((shifted * shifted).sum(dtype="float64"))
     margin = np.concatenate(margin)
-    right, n = margin > 0, len(margin)
+    right, n, g = margin > 0, len(margin), g / len(margin)
     return {"right": right, "accuracy": float(right.mean()), "loss": loss / n,
-            "margin": float(margin.min()), "circuit": g / n,
-            "circuit_share": float(g @ g / n / (total or 1))}
+            "margin": float(margin.min()), "circuit": g,
+            "circuit_share": float(n * (g @ g) / (total or 1))}
 
 
 def circuit_frequencies(g):
@@ -479,9 +490,10 @@ def max_margin(k, p):
     This is for odd p. For even p, which the paper leaves out, the Nyquist frequency p/2 gives 1/r
     times as much margin for its norm, r = 2^(-(k-1)/2), as its power is not split between j and
     p - j, and gamma* is (p-1)/(p-2+r) times as large.
-    rotated_network reaches it. No network has more: in the proof of Lemma 4.2 weigh the wrong
-    classes y + Delta not alike, but (2-r)/(p-2+r) for even and r/(p-2+r) for odd Delta, so that all
-    frequencies give the same."""
+    rotated_network reaches it. No network has more: in the proof of Lemma 4.2, instead of weighing
+    all wrong classes alike, give y + Delta the weight (2-r)/(p-2+r) if Delta is even and r/(p-2+r)
+    if it is odd (these add up to 1). In the margin that is weighted so, each frequency j has the
+    factor p/(p-2+r), and p/2 has r times that; then all frequencies give the same."""
     gamma = 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
     return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
@@ -498,11 +510,12 @@ def normalized_margin(params):
 #     k! / ((p-1) p^k)  |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
 #
 # With P_j = |u^_1(j)|^2 + .. + |w^(j)|^2 the product is at most (P_j / (k+1))^((k+1)/2) by the
-# inequality of arithmetic and geometric means. As this exponent is above 1, it is best to have all
-# power at one pair j, p-j, shared equally by u_1 .. u_k and w; and the phase error must be 0. Then
-# P_j = P_{p-j} = p ||theta_i||^2 / 2 (Parseval), and the neuron adds gamma* ||theta_i||^(k+1); all
-# neurons add gamma* ||theta||^(k+1). The smallest margin equals the mean only if all margins do;
-# then f^(j,..,j,-j) is the same for every j != 0, and so every frequency is used (Lemma F.2).
+# inequality of arithmetic and geometric means. This is convex in P_j, and the sum of all P_j is
+# given by the norm: so it is best to have all power at one pair j, p-j, shared equally by u_1 ..
+# u_k and w; and the phase error must be 0. Then P_j = P_{p-j} = p ||theta_i||^2 / 2 (Parseval), and
+# the neuron adds gamma* ||theta_i||^(k+1); all neurons add gamma* ||theta||^(k+1). The smallest
+# margin equals the mean only if all margins do; then f^(j,..,j,-j) is the same for every j != 0,
+# and so every frequency is used (Lemma F.2).
 
 
 def neuron_dft(params):  # -> complex [p, m]
@@ -520,13 +533,16 @@ def neuron_dft(params):  # -> complex [p, m]
 
 
 def margin_bound(g):
-    """An upper bound on the smallest margin over D_p: the smallest mean of f[y] - f[y + Delta] over
-    all Delta != 0, which is g(0) - g(Delta) by the circuit g (evaluate)."""
+    """An upper bound on the smallest margin over D_p, from the circuit g (evaluate).
+
+    For each Delta != 0 no margin exceeds f[y] - f[y + Delta], whose mean over D_p is
+    g(0) - g(Delta). The bound is the smallest of these means."""
     return float((g[0] - g[1:]).min())
 
 
 def efficiency(params):  # -> [m]
-    """Each neuron's mean class-weighted margin at unit norm, over gamma* (Lemmas 4.2, D.8):
+    """Each neuron's mean class-weighted margin over gamma* (Lemmas 4.2, D.8), where f is that of
+    the neuron alone, scaled to norm 1:
 
         sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k gamma*).
 
@@ -556,7 +572,8 @@ def paper_network(k, p):
 
         2^k k! t_1 .. t_k = sum over signs s of s_1 .. s_k (s_1 t_1 + .. + s_k t_k)^k   (Lemma E.1)
 
-    where s and -s give the same. Raises BadInput for even p, which the paper leaves out."""
+    where s and -s give the same. The factor of x_c becomes w, with the signs' product. Raises
+    BadInput for even p, which the paper leaves out."""
     check_size(k, p)  # before 2^k is computed
     check_size(k, p, 2 ** (2 * k - 2) * (p - 1))
     if p % 2 == 0:
@@ -567,8 +584,8 @@ def paper_network(k, p):
     sine = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
     q = sine.sum(axis=1)
     signs = half_of_all_signs(k)
-    last = (-1) ** (q // 2)[:, None] * signs.prod(axis=1)  # [2^k, 2^(k-1)]
-    amplitudes = np.column_stack([np.tile(signs, (len(sine), 1)), last.reshape(-1)])
+    of_w = (-1) ** (q // 2)[:, None] * signs.prod(axis=1)  # [2^k, 2^(k-1)]
+    amplitudes = np.column_stack([np.tile(signs, (len(sine), 1)), of_w.reshape(-1)])
     phases = -np.pi / 2 * np.column_stack([sine, q % 2]).repeat(len(signs), axis=0)
     return cosine_network(k, p, amplitudes, phases)
 
@@ -576,8 +593,9 @@ def paper_network(k, p):
 def rotated_network(k, p):
     """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
 
-    Each neuron is turned by an angle psi = pi t/(k+1), t = 0 .. k: the phases of u_1 .. u_k by psi,
-    the phase of w by k psi. Over the signs of Lemma E.1 the neurons of one psi add up to
+    It takes only the product of cosines, no sines, and turns it by k + 1 angles psi = pi t/(k+1),
+    t = 0 .. k: the phases of u_1 .. u_k by psi, the phase of w by k psi. Over the signs of Lemma
+    E.1 the neurons of one psi add up to
 
         2^(k-1) k! cos(x_1 + psi) .. cos(x_k + psi) cos(x_c + k psi).
 
@@ -587,9 +605,10 @@ def rotated_network(k, p):
 
         sum over t = 0 .. k of e^(-2 pi i l t/(k+1)) = k+1 for l = 0, and 0 for l = 1 .. k.
 
-    So only l = 0 is left, with its conjugate: cos(x_1 + .. + x_k - x_c). p may be even (p = 2 is
-    parity). Then there are (k+1) 2^(k-2) (p-2) such neurons and 2^(k-1) of the Nyquist frequency
-    p/2, where cos(x_j) = (-1)^a_j and nothing needs to be turned."""
+    So only l = 0 is left, with its conjugate: (k+1) 2^-k cos(x_1 + .. + x_k - x_c) in place of the
+    product of cosines. p may be even (p = 2 is parity). Then there are (k+1) 2^(k-2) (p-2) such
+    neurons and 2^(k-1) of the Nyquist frequency p/2, where cos(x_j) = (-1)^a_j and nothing needs to
+    be turned."""
     check_size(k, p)
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     signs = half_of_all_signs(k)
@@ -602,8 +621,8 @@ def cosine_network(k, p, amplitudes, phases):
     """-> {"u", "w"} of norm 1: the neurons amplitude cos(phase + 2 pi zeta a/p), for every zeta.
 
     amplitudes, phases: [rows, k+1], of the neurons at each zeta. For odd p all neurons have the
-    same norm. For even p those of the Nyquist frequency are the first 2^(k-1) rows alone; they have
-    the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1)."""
+    same norm. For even p those of the Nyquist frequency are the first 2^(k-1) rows alone (t = 0);
+    they have the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1)."""
     angle = 2 * np.pi * np.arange(p) / p
     r = 2 ** (-(k - 1) / 2)
     parts = []
@@ -619,7 +638,7 @@ def cosine_network(k, p, amplitudes, phases):
 
 
 def theory_check(params):
-    """Compare a network of norm 1 with Theorem 4.1 (G.2) on all p^k inputs, by brute force.
+    """Compare a network of norm 1 with Theorem 4.1 (in full: G.2) on all inputs, by brute force.
 
     For odd p a network is max-margin if and only if
 
@@ -627,7 +646,8 @@ def theory_check(params):
 
     so that all wrong classes are alike (Condition 3.8); for even p ours has this f, too. For odd p
     also the first-order (dual) condition, which is necessary: the gradient of the mean
-    class-weighted margin is gamma* times that of sum_i ||theta_i||^(k+1).
+    class-weighted margin is gamma* times that of sum_i ||theta_i||^(k+1). (Both are homogeneous of
+    degree k+1, and the margin is gamma* at norm 1; so by Euler's identity the factor is gamma*.)
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
     gamma, onehot, spread, deviation = max_margin(k, p), xp.eye(p), 0.0, 0.0
@@ -664,12 +684,12 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
 
     Write v_j = u_j(a_j) and y = a_1 + .. + a_k. Then over all of D_p, for any weights,
 
-        R = mean over a of sum_i rest_i(a) w~_i(y) = 0,     rest = z^k - k! v_1 .. v_k.
+        R = mean over a of sum_i rest_i(a) w~_i(y) = 0,     rest = z^k - k! v_1 .. v_k,
 
-    Expand z^k. If a monomial lacks some v_j, average over a_j first: only w~_i(y) depends on it,
-    and its average is 0. The only monomial of degree k that has every v_j is v_1 .. v_k, which is
-    subtracted. On a batch R is not 0, but only noise: R is a control variate. To first order in the
-    logits cross-entropy is
+    where w~_i(y) = w_i(y) - mean over c of w_i(c). Expand z^k. If a monomial lacks some v_j,
+    average over a_j first: only w~_i(y) depends on it, and its average is 0. The only monomial of
+    degree k that has every v_j is v_1 .. v_k, which is subtracted. On a batch R is not 0, but only
+    noise: R is a control variate. To first order in the logits cross-entropy is
 
         log p - mean_a sum_i z_i^k w~_i(y),
 
@@ -683,8 +703,8 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
 
     What it is not: R assumes all p^k inputs. On a training half its mean is not 0, so this is not
     the gradient of that half's cross-entropy: it is told that the data are a whole group.
-    (The products of all v but v_j are built up step by step; each from the start would take more
-    of them.)"""
+    (The product of all v but v_j is v_1 .. v_{j-1}, which is kept from the way up, times the rest,
+    which grows on the way down. That takes 3 (k-1) products; each from the start, k (k-1).)"""
     u, w = params["u"], params["w"]
     k, p, _ = u.shape
     v = [u[j][a[:, j]] for j in range(k)]
@@ -725,13 +745,15 @@ def fast_settings(**given):
 
     Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
     which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
-    has the time to settle on one frequency; without it only 45% stay alive at k=4 p=23. Then
-    all is free: a penalty sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls
-    (gate), a learning rate that goes to 0; what is left of other frequencies fades. The numbers
-    were chosen on seeds from 100 up, for few steps at the paper's sizes. At a higher learning rate
-    the neurons of k >= 4 do not settle; at a lower one many live on with mixed frequencies. The
-    number of steps was found by trial at six sizes: the larger D_p, the longer it takes to leave
-    the noise."""
+    has the time to settle on one frequency; without it only 45% stay alive at k=4 p=23. After that
+    the sizes are free, and three things remove what is left of other frequencies: a penalty
+    sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls (gate), and a learning
+    rate that falls to 0.
+
+    The numbers were chosen on seeds from 100 up, so that few steps are enough at the paper's sizes.
+    At a higher learning rate the neurons of k >= 4 do not settle; at a lower one many live on with
+    mixed frequencies. The number of steps was found by trial at six sizes: the larger D_p is, the
+    longer it takes to leave the noise."""
     rule, equal = mlp_settings(**given), given.get("equal", 0.6)
     k, p, m = rule["k"], rule["p"], rule["m"]
     scale = natural_scale(k, p, m)
@@ -747,8 +769,8 @@ def fast_settings(**given):
 def held_rms(config, step):
     """The root mean square at which all vectors are held after this step; None: they are free.
 
-    It grows from init_std to natural_scale, where the ideal network has margin 10, at first slowly:
-    in logarithms with the square of the time."""
+    It grows from init_std to natural_scale, where the ideal network has margin 10. It grows slowly
+    at first: its logarithm rises with the square of the time."""
     equal = config["equal"]
     if step >= equal * config["steps"]:
         return None
@@ -759,7 +781,7 @@ def held_rms(config, step):
 
 def standardize(params, rms):
     """Give each u_j and w of each neuron mean 0 and this root mean square, in place."""
-    for x in (params["u"], params["w"]):
+    for x in (params["u"], params["w"]):  # [k, p, m], [m, p]: axis 1 is a vector's
         x -= x.mean(axis=1, keepdims=True)
         x *= rms / xp.sqrt((x * x).mean(axis=1, keepdims=True))
 
@@ -803,7 +825,15 @@ def max_margin_settings(**given):
     any D_p that fits), small first weights, a penalty, no decay; chosen on seeds from 100 up.
 
     As the strength of the penalty tends to 0, the normalized margin of the optimum tends to gamma*
-    (Lemma 3.7). Here the strength is small and fixed."""
+    (Lemma 3.7). With the penalty strength * N, N = sum_i ||theta_i||^(k+1), and odd p more is true:
+    at every strength below gamma* (p-1)/p the optimum is a max-margin network. For logits whose
+    mean class-weighted margin (margins) is M, Jensen's inequality gives
+
+        mean cross-entropy >= log(1 + (p-1) e^(-M)),     and M <= gamma* N (Theorem 4.1).
+
+    A max-margin network has equality in both, and only such a network has. What is left is the best
+    size: at strength l gamma* its margin is log((p-1) (1-l) / l). So at the strength of 0.1 gamma*
+    it is log(9 (p-1)), and whatever trained networks lack of gamma* they lack by the optimizer."""
     rule = mlp_settings(**given)
     k, p, m = rule["k"], rule["p"], rule["m"]
     scale = natural_scale(k, p, m)
@@ -820,12 +850,6 @@ def max_margin_settings(**given):
 HEADS = "W_Q", "W_K", "W_V", "W_P"
 
 
-def collisions(k, p):  # -> bool [p^k], on the host
-    """The inputs with two equal numbers among a_1 .. a_{k-1} (see attention)."""
-    ordered = np.stack(np.unravel_index(orbits(k, p, k - 1), (p,) * k))[:-1]
-    return (np.diff(ordered, axis=0) == 0).any(axis=0)
-
-
 def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **_):
     """Embedding N(0, init_std^2 / 4), weights N(0, init_std^2 / fan-in), b ~ N(0, 1), so that heads
     begin with different weights of the query."""
@@ -838,11 +862,11 @@ def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **
 def head_circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], OV [H, v, c]
     """What heads attend to and what they then write, for the v vectors that a first layer can see.
 
-        S_h[q, a] = (x W_Q^h)_q . (x W_K^h)_a / sqrt(e),     OV_h[a] = (x W_V^h W_P^h)_a
+        S_h[q, a] = (x W_Q)_q . (x W_K)_a / sqrt(e),     OV_h[a] = (x W_V W_P)_a
 
-    For x = E, the tokens, S is the transpose of the paper's attention matrix E^T W^{KQ} E, divided
-    by sqrt(e). S and OV are computed once for each token, not for each input. weights: W_Q, W_K,
-    W_V, W_P.
+    with the weights of head h. For x = E, the tokens, S is the transpose of the paper's attention
+    matrix, divided by sqrt(e). S and OV are computed once for each token, not for each input.
+    weights: W_Q, W_K, W_V, W_P.
     -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
     *read, write = weights
     scale = 1 / math.sqrt(write.shape[1])
@@ -865,21 +889,21 @@ def head_circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, 
     return s, ov, backward
 
 
-def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> [n, c]
+def attend(s, ov, b, column, row):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> [n, c]
     """The query of each input attends to its k keys, by the tables of head_circuits.
 
-        A_hj = softmax over j of S_h[query, key_j], for the last j with b_h added
-        y = sum over h and j of A_hj OV_h[key_j]
+        A_hj = softmax over j of S_h[row, column_j], for the last j with b_h added
+        y = sum over h and j of A_hj OV_h[column_j]
 
-    query holds indices of rows of S_h; key of its columns, which are also the rows of OV_h. The
-    pairs (input, place) whose key is the same token t all need the row t of OV: they make one small
-    product. A dense product with one-hot rows would take several times as long.
+    row is the query's row in S_h; column holds the columns of its k keys, which are also their rows
+    in OV_h. The pairs (input, place) whose column is the same t all need the row t of OV: they make
+    one small product. A dense product with one-hot rows would take several times as long.
     -> y, backward(dy) -> dS, dOV, db."""
-    (n, k), heads, classes = key.shape, len(s), ov.shape[2]
-    pairs = [xp.asarray(np.flatnonzero(key == t)) for t in range(s.shape[2])]
-    score = s.transpose(1, 2, 0)[query[:, None], key]  # [n, k, H]
+    (n, k), heads, classes = column.shape, len(s), ov.shape[2]
+    pairs = [xp.asarray(np.flatnonzero(column == t)) for t in range(s.shape[2])]
+    score = s.transpose(1, 2, 0)[row[:, None], column]  # [n, k, H]
     score[:, -1] += b
-    A = xp.exp(score - score.max(axis=1, keepdims=True))
+    A = xp.exp(score - score.max(axis=1, keepdims=True))  # [n, k, H]
     A /= A.sum(axis=1, keepdims=True)
     weight = A.reshape(n * k, heads)
     y = xp.empty((n * k, classes), s.dtype)
@@ -898,9 +922,9 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> [
         dscore = A * (dA - (A * dA).sum(axis=1, keepdims=True))
         # score[:, -1] += b
         db = dscore[:, -1].sum(axis=0)
-        # score = s[query, key]
+        # score = s[row, column]
         dscore, ds = dscore.reshape(n * k, heads), xp.empty_like(s)
-        onehot = xp.eye(s.shape[1], dtype=s.dtype)[query]
+        onehot = xp.eye(s.shape[1], dtype=s.dtype)[row]
         for t, pair in enumerate(pairs):
             ds[:, :, t] = dscore[pair].T @ onehot[pair // k]
         return ds, dov, db
@@ -909,35 +933,37 @@ def attend(s, ov, b, key, query):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> [
 
 
 def attention(params, a):  # [n, k] -> [n, p]
-    """logits[c] = sum_h sum_j A_hj OV_h[a_j, c], softmax over the k numbers, queried by the last.
+    """logits[c] = sum_h sum_j A_hj OV_h[a_j, c] (attend): each head attends to the k numbers, the
+    last of which is the query; b_h is a bias of the query's own score.
+    -> logits, backward(dlogits) -> a dict like params.
 
-    b_h, a bias of the query's own score, is ours: the network has no positions, and with it a head
-    can weigh the query apart from the other numbers. -> logits, backward(dlogits) -> a dict like
-    params.
+    How can it add? Take k = 3, numbers a_1, a_2 and the query q, and a head with so low a b_h that
+    the query gives no weight to itself. With s_j = S[q, a_j] the softmax of two scores is
 
-    How can it add? Without the softmax's denominator the logits of a query would be a sum of one
-    term for each number. Take k = 3, numbers a_1, a_2 and the query q, one head, b = 0, and small
-    scores s_j = S[q, a_j], s_3 = S[q, q]. To first order A_j = (1 + s_j - (s_1 + s_2 + s_3)/3) / 3,
-    so that
+        2 logits = OV[a_1] + OV[a_2] + tanh((s_1 - s_2) / 2) (OV[a_1] - OV[a_2]).
 
-        9 logits = 3 (OV[a_1] + OV[a_2] + OV[q])
-                   + 2 s_1 OV[a_1] + 2 s_2 OV[a_2] + 2 s_3 OV[q]
-                   - s_1 OV[a_2] - s_2 OV[a_1] - s_3 (OV[a_1] + OV[a_2]) - (s_1 + s_2) OV[q].
+    For small scores tanh x is about x, so that twice the last term is
 
-    The terms -s_1 OV[a_2] and -s_2 OV[a_1] know all three numbers. With x_a = 2 pi zeta a/p,
-    x_c = 2 pi zeta c/p and a phase psi of the head take
+        s_1 OV[a_1] + s_2 OV[a_2] - s_1 OV[a_2] - s_2 OV[a_1].
+
+    Its last two terms know all three numbers. With x_a = 2 pi zeta a/p, x_c = 2 pi zeta c/p and a
+    phase psi of the head take
 
         S[q, a] = -cos(x_q + x_a + psi),     OV[a, c] = cos(x_a - x_c - psi).
 
-    Half of each such term is cos(x_1 + x_2 + x_q - x_c), as wanted; the other half,
-    cos(x_q + x_1 - x_2 + x_c + 2 psi) or with 1 and 2 exchanged, cancels over heads of different
-    psi. All other terms know at most two of the numbers. (This is a sketch: training finds scores
-    that are not small.) For k >= 4 terms of higher order in the scores are needed, s_1 s_2 OV[a_3]
-    at k = 4.
+    On average over heads of different psi all is lost that still depends on psi, and what is left
+    is, with C(s) = cos(2 pi zeta (s - c)/p),
 
-    At a collision, a_1 = a_2, the terms 2 s_1 OV[a_1] and 2 s_2 OV[a_2] have the same form as the
-    useful terms, twice their size and the opposite sign: such a head points away from the right
-    class, and other heads must correct it. So collisions are counted apart."""
+        4 logits = C(a_1 + a_2 + q) - C(2 a_1 + q) / 2 - C(2 a_2 + q) / 2.
+
+    Summed over zeta, the right class wins. At a collision, a_1 = a_2, the three terms cancel: such
+    a head writes OV[a_1], whatever the query is. So collisions are counted apart.
+
+    This is why b_h is there. It is ours: the network has no positions, and without b_h the query's
+    own terms add, among others, C(2 q + a_1) + C(2 q + a_2), two wrong classes as strong as the
+    right one. Training makes b_h negative in most heads. (This is a sketch: the scores that it
+    finds are not small.) For k >= 4 terms of higher order in the scores are needed, s_1 s_2 OV[a_3]
+    at k = 4."""
     s, ov, circuits_backward = head_circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1])
 
@@ -949,6 +975,12 @@ def attention(params, a):  # [n, k] -> [n, p]
     return logits, backward
 
 
+def collisions(k, p):  # -> bool [p^k], on the host
+    """The inputs with two equal numbers among a_1 .. a_{k-1} (see attention)."""
+    others = digits(orbits(k, p, k - 1), k, p)[:, :-1]  # in order
+    return (np.diff(others, axis=1) == 0).any(axis=1)
+
+
 def attention_settings(k=3, p=31, **_):
     """The settings of one layer of attention, a dict. The 160 heads and the width of 128 are the
     paper's; the other numbers were chosen on seeds from 100 up.
@@ -957,9 +989,9 @@ def attention_settings(k=3, p=31, **_):
     the first weights are small; but if they are too small (0.3), one or two frequencies win before
     the others have grown, and some seeds of k=3 p=61 never learn all sums. The decay is gated
     (gate): decay from the first step on ends the learning at k >= 4 before it begins. Decay also
-    makes the network forget its collisions, so in the second half of the steps it is times
-    final_decay, which is smaller where collisions are common: 1 without any, 0 where they are 4/9
-    of the inputs."""
+    makes the network forget its collisions, so in the second half of the steps it is multiplied by
+    final_decay, which is smaller where collisions are common: it is 1 without any, and 0 where they
+    are 4/9 of the inputs."""
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
             "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
@@ -992,15 +1024,19 @@ def head_spectra(params):
 def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     """The Fourier measures of heads by their head_tables, as a dict of arrays [H] on the host.
 
-    frequency      zeta with most power in the keys of S_h; token_frequency: in the tokens of OV_h
-    key_share      share of the power of S_h at zeta, of its keys
-    token_share    share of the power of OV_h at zeta, of its tokens; class_share: of its classes
-    same           the strongest frequencies of keys, tokens and classes are the same
-    block_share    share of the power of S_h in its two strongest query frequencies times its two
-                   strongest key frequencies: the paper's "two cosines in each dimension"
-    size           rms(S_h) rms(OV_h); live: at least a twentieth of the largest
-    single         live, and key, token and class share are each over 95%; used: over half
-    summary        for a line of progress; frequencies_used counts those of used heads"""
+    frequency        zeta with most power along the keys of S_h
+    token_frequency  that with most power along the tokens of OV_h
+    key_share        share of the power of S_h that lies at zeta, along its keys
+    token_share      share of the power of OV_h at its strongest frequency, along its tokens
+    class_share      the same along its classes
+    same             the strongest frequencies of keys, tokens and classes are the same
+    block_share      share of the power of S_h in its two strongest query frequencies times its two
+                     strongest key frequencies: the paper's "two cosines in each dimension"
+    size             rms(S_h) rms(OV_h)
+    live             a size of at least a twentieth of the largest
+    single           live, and key, token and class share are each over 95%
+    used             live, and they are each over half
+    summary          three numbers; frequencies_used counts the frequencies of used heads"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
     spectrum = head_spectrum(s)
     # Add the query frequency -u to u; 0 and p/2 have no partner.
@@ -1073,7 +1109,7 @@ def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     scale = 1 / xp.sqrt((centred * centred).mean(**last) + eps)
     z = centred * scale
 
-    def backward(dz):  # scale falls as x spreads
+    def backward(dz):  # the mean is subtracted; and dscale = -scale^2 mean(z dx)
         return scale * (dz - dz.mean(**last) - z * (z * dz).mean(**last))
 
     return z, backward
@@ -1111,7 +1147,7 @@ def first_attention(table, weights, a, p, last):  # [k p, d], .., [n, k] -> [n, 
 def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [n, 1, d] if last
     """Causal attention past the first block, where states differ from input to input.
 
-        A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),  y_i = sum_h sum_j A_hij v_hj W_O^h
+        A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),  y_i = sum_h sum_j A_hij v_hj W_O[h]
 
     last: only the last position is a query. -> y, backward(dy) -> dx, [dW_Q, dW_K, dW_V, dW_O]."""
     k, scale = x.shape[1], 1 / math.sqrt(w_o.shape[1])
@@ -1144,6 +1180,7 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
             dweights.append(xp.tensordot(seen, dz, ([0, 1], [0, 1])))
             dx[:, k - seen.shape[1]:] += xp.tensordot(dz, w, ([2, 3], [1, 2]))
         return dx, [*dweights, dw_o]
+
     return y, backward
 
 
@@ -1156,6 +1193,7 @@ def feed_forward(x, w1, w2):  # [n, j, d], [d, f], [f, d] -> [n, j, d]
         dw1 = xp.tensordot(x, dz, ([0, 1], [0, 1]))  # h = relu(x w1)
         dw2 = xp.tensordot(h, dy, ([0, 1], [0, 1]))  # y = h w2
         return xp.tensordot(dz, w1, (2, 1)), [dw1, dw2]
+
     return xp.tensordot(h, w2, 1), backward
 
 
@@ -1170,6 +1208,7 @@ def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the 
         dx = norm_backward(dz)
         dx[:, last] += dy
         return dx, dweights
+
     return x[:, last] + y, backward
 
 
@@ -1213,9 +1252,9 @@ def transformer_settings(k=2, p=97, layers=2, **_):
     """The settings of a transformer, a dict: a light model, by AdamW with clipping. (--figure 4
     takes the published size, the paper's betas and no clipping instead.)
 
-    With decay 1 some seeds do not reach 99% of test at k=2 p=97 within these steps. A long
-    momentum, and the gradient clipped to norm clip, keep the accuracy at k=2 and 3 from falling
-    after it has reached 99%."""
+    With decay 1 some seeds do not reach a test accuracy of 99% at k=2 p=97 within these steps. A
+    long momentum, and the gradient clipped to norm clip, keep the accuracy at k=2 and 3 from
+    falling after it has reached 99%."""
     return {"k": k, "p": p, "layers": layers, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256,
             "split": "random", "train_fraction": 0.5, "steps": 2500, "batch": 512, "lr": 1e-3,
             "hold": 0.5, "init_std": 0.5, "betas": [0.98, 0.98], "eps": 1e-8, "weight_decay": 2,
@@ -1223,13 +1262,13 @@ def transformer_settings(k=2, p=97, layers=2, **_):
 
 
 def clipped(grads, most):
-    """The gradients, scaled down to this norm of all together if it is larger."""
+    """The gradients; if the norm of all of them together exceeds most, scaled down to that."""
     total = xp.sqrt(sum((d * d).sum() for d in grads.values())) + TINY
     return {name: d * (most / total).clip(None, 1) for name, d in grads.items()}
 
 
 def neuron_shares(x):  # [p, .., p, f] -> [f]
-    """The share of the variance of functions on Z_p^k, arrays [p, .., p], that one frequency has.
+    """The share of a function's variance that one frequency holds; x: f functions on Z_p^k.
 
     For each zeta, add the power of all entries of the DFT whose k indices are each 0, zeta or -zeta
     (not all 0). The largest of these sums over zeta, divided by that of all entries; 0 for a
@@ -1289,7 +1328,7 @@ def checked(name, value):
     if name == "betas" and isinstance(value, (list, tuple)) and len(value) == 2:
         return [checked("beta", x) for x in value]
     if name not in NUMBERS:
-        raise BadInput(f"{flag} = {value!r}: there is no such setting, or value of it")
+        raise BadInput(f"{flag} = {value!r}: there is no such setting, or not with this value")
     kind, low, high = NUMBERS[name]
     number = numbers.Integral if kind is int else numbers.Real
     if not isinstance(value, number) or isinstance(value, bool) or not low <= value <= high:
@@ -1306,7 +1345,7 @@ def complete(given):
     that do not fit in memory."""
     given = {name: checked(name, value) for name, value in given.items()}
     model, fast, by_margin = (given.get(name) for name in ("model", "fast", "max_margin"))
-    if fast and by_margin or (fast or by_margin) and given.get("activation") == "relu":
+    if bool(fast) + bool(by_margin) + (given.get("activation") == "relu") > 1:
         raise BadInput("fast and max-margin are two rules of training, both for the power "
                        "activation; choose one of them, or none")
     rule = MODELS[model or "mlp"][0]
@@ -1374,8 +1413,9 @@ def new_run(config):
 
 
 def train_step(run):
-    """One step: a random batch, the gradient of its cross-entropy, AdamW. By the run's settings
-    also the penalty of --max-margin, clipping, or a decay that depends on the loss."""
+    """One step: a random batch, the gradient of its cross-entropy, AdamW. That is all for a plain
+    MLP; by a run's settings also the penalty of --max-margin, clipping (transformers), or a decay
+    that depends on the loss (attention)."""
     config, params = run.config, run.params
     if config.get("fast"):
         return fast_step(run)
