@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            if value in ([], "--") and name != "runs":  # what argparse makes of --name=--
+            if value in ([], "--", "") and name != "runs":  # argparse makes [] or -- of --name=--
                 self.error(f"--{name} needs a value")
         return args
 
@@ -83,7 +83,7 @@ def report(run):
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
     rest = fc.without_circuit(fc.network_pieces(config, params, sample), whole["circuit"])
     at_init = fc.evaluate(fc.network_pieces(config, first, sample))
-    return {**config, "steps": run.step, "seconds": round(run.seconds, 2),
+    return {**config, "step": run.step, "seconds": round(run.seconds, 2),
             "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
             "circuit_share": whole["circuit_share"],
@@ -225,7 +225,7 @@ HEADS = """
   frequencies          {frequencies_used} of {frequencies_total} used; live heads of each, with \
 over half of all three powers there:"""
 BLOCKS = """
-{k} numbers modulo {p}, {layers} blocks of {heads} heads of {d_head}, d_model {d_model}, \
+{k} numbers modulo {p}, blocks: {layers}, with {heads} heads of {d_head}, d_model {d_model}, \
 d_ff {d_ff}, seed {seed}
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
 """ + CIRCUIT + """\
@@ -274,7 +274,7 @@ def print_report(r):
     counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
-    print(f"  {r['steps']} steps, {r['seconds']:.1f} seconds")
+    print(f"  {r['step']} of {r['steps']} steps, {r['seconds']:.1f} seconds")
     if advice(r):
         print(f"  note: {advice(r)}")
 
@@ -288,11 +288,11 @@ def advice(r):
     if train < 1 / r["p"] + 0.05:
         return ("nothing was learned: at a large k most of a batch's gradient is noise; a larger "
                 f"--batch helps (k=4 p=47 needs 16384){fast}")
-    if test is not None and train - test > 0.1:
-        return ("training inputs are known far better than the others: there are too few of them; "
-                f"a larger --train-fraction helps, a larger p{fast}")
     if train < 0.99:
         return f"training accuracy is not there yet: more --steps or a larger --batch help{fast}"
+    if test is not None and train - test > 0.1:
+        return ("training inputs are known far better than the others: more --steps, a larger "
+                f"--train-fraction or a larger p help{fast}")
     return None
 
 
@@ -557,11 +557,11 @@ def look(args):
     """Print and draw what is asked for of the runs."""
     runs = [fc.load_run(path) for path in args.runs]
     run, several = runs[0], len(runs) > 1
-    if args.figures and not several:
-        draw(run, os.path.splitext(os.path.basename(args.runs[0]))[0], args.figures)
-        if not args.json:
-            return
     blocks = several and all(run.config["model"] == "transformer" for run in runs)
+    for path, each in zip(args.runs, runs) if args.figures and not blocks else ():
+        draw(each, os.path.splitext(os.path.basename(path))[0], args.figures)
+    if args.figures and not several and not args.json:
+        return
     groups = group_runs(runs) if blocks else {}
     if args.figures and groups:
         draw_groups(groups, args.figures)

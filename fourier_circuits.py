@@ -72,7 +72,7 @@ def use_device(device):
     Raises BadInput if a GPU is asked for and cannot be used, with the reason."""
     global xp, PIECE
     xp, PIECE = np, 256
-    if device == "gpu":
+    if device != "cpu":
         try:
             import cupy
             cupy.zeros(1)  # fails without a driver or a device
@@ -255,7 +255,7 @@ def learning_rate(config, step):
     """The learning rate at this step, counted from 0. It rises to lr in ten steps and stays there;
     from the share "hold" of all steps on it falls linearly to 0."""
     warm, done = min(1, (step + 1) / 10), step / config["steps"]
-    return config["lr"] * warm * min(1, (1 - done) / (1 - config["hold"]))
+    return config["lr"] * warm * min(1, max(0, 1 - done) / (1 - config["hold"]))
 
 
 def loss_and_gradients(parts, n):
@@ -499,7 +499,7 @@ def max_margin(k, p):
 
 
 def normalized_margin(params):
-    """The smallest margin over D_p divided by ||theta||^(k+1), which is the margin of
+    """The smallest margin over D_p (of z^k) divided by ||theta||^(k+1), which is the margin of
     theta / ||theta||. It is at most gamma*."""
     return evaluate(mlp_pieces(params))["margin"] / (norm(params) ** (len(params["u"]) + 1) or 1)
 
@@ -959,11 +959,15 @@ def attention(params, a):  # [n, k] -> [n, p]
     Summed over zeta, the right class wins. At a collision, a_1 = a_2, the three terms cancel: such
     a head writes OV[a_1], whatever the query is. So collisions are counted apart.
 
-    This is why b_h is there. It is ours: the network has no positions, and without b_h the query's
-    own terms add, among others, C(2 q + a_1) + C(2 q + a_2), two wrong classes as strong as the
-    right one. Training makes b_h negative in most heads. (This is a sketch: the scores that it
-    finds are not small.) For k >= 4 terms of higher order in the scores are needed, s_1 s_2 OV[a_3]
-    at k = 4."""
+    This is why b_h is there. It is ours: the network has no positions, so that otherwise a head
+    cannot tell the query from the other numbers. With B = e^(b_h) the query's own score adds terms,
+
+        (2 + B)^2 logits = C(a_1 + a_2 + q) - (1 + B) / 2 (C(2 a_1 + q) + C(2 a_2 + q))
+                           + B (C(2 q + a_1) + C(2 q + a_2) - C(3 q)),
+
+    and at b_h = 0 the classes 2 q + a_1 and 2 q + a_2 are as strong as the right one. Training
+    makes b_h negative in most heads. (This is a sketch: the scores that it finds are not small.)
+    For k >= 4 terms of higher order in the scores are needed, s_1 s_2 OV[a_3] at k = 4."""
     s, ov, circuits_backward = head_circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1])
 

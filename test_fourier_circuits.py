@@ -167,6 +167,7 @@ def test_formulas_from_the_weights(k, p, seed):
     if p % 2:
         assert abs(fc.efficiency(params)).max() <= 1
         assert class_margin <= fc.max_margin(k, p) * fc.norm(params) ** (k + 1)
+    assert seen["loss"] >= math.log(1 + (p - 1) * math.exp(-class_margin))  # Jensen's inequality
 
 
 @pytest.mark.parametrize("k, p", [(2, 7), (3, 11), (4, 9), (5, 5), (2, 8), (3, 10)])
@@ -204,6 +205,33 @@ def test_control_variate_is_zero_over_all_inputs(k, p):
         varied = with_control_variate(params, fc.all_inputs(k, p), coefficient)
         assert varied[0] == pytest.approx(loss, rel=1e-13)
         assert close(varied[1], gradients, rel=0, abs=rounding)
+
+
+@pytest.mark.parametrize("k, p, strength", [(2, 5, 0.5), (3, 7, 0.1), (4, 3, 0.6), (5, 3, 0.01)])
+def test_a_max_margin_network_is_the_optimum_at_each_strength(k, p, strength):
+    """max_margin_settings: mean cross-entropy plus strength gamma* sum_i ||theta_i||^(k+1) has no
+    gradient there; that no network has less see test_formulas_from_the_weights."""
+    gamma, margin = fc.max_margin(k, p), math.log((p - 1) * (1 - strength) / strength)
+    size = (margin / gamma) ** (1 / (k + 1))
+    params = {name: size * x for name, x in fc.rotated_network(k, p).items()}
+    loss, gradients, _ = fc.loss_and_gradients(fc.mlp_pieces(params), p**k)
+    pull = fc.penalty(params, strength * gamma, k + 1)[1]
+    assert loss == pytest.approx(math.log(1 + (p - 1) * math.exp(-margin)), rel=1e-12)
+    assert close(gradients, {name: -x for name, x in pull.items()}, rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize("b", [-50, -1, 0, 1])
+def test_how_one_layer_of_attention_adds(b):
+    """attention's sketch: k = 3, small scores, the mean over heads that differ in psi."""
+    p, heads, scale, B = 7, 8, 1e-5, math.exp(b)
+    x = 2 * np.pi * 2 * np.arange(p) / p
+    psi = 2 * np.pi * np.arange(heads)[:, None, None] / heads
+    s, ov = -scale * np.cos(x[:, None] + x + psi), np.cos(x[:, None] - x - psi)
+    a = fc.all_inputs(3, p)
+    got = fc.attend(s, ov, np.full(heads, b), a, a[:, -1])[0] / heads
+    C = [np.cos(x[a @ w % p, None] - x) for w in ([1, 1, 1], [2, 0, 1], [0, 2, 1], [1, 0, 2], [0, 1, 2], [0, 0, 3])]
+    expected = C[0] - (1 + B) / 2 * (C[1] + C[2]) + B * (C[3] + C[4] - C[5])
+    assert (2 + B)**2 * got / scale == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("k, ratio", [(2, 3), (3, 11.25), (4, 46.67), (5, 205.08)])

@@ -61,13 +61,13 @@ def parse(argv):
     add = parser.add_argument
     add("--model", choices=fc.CHOICES["model"], help="default mlp, the network of Eq. 2")
     add("--figure", type=int, choices=sorted(FIGURES), help="the published sizes of that figure, "
-        "not the published optimiser: 1, 2, 5-8 train by --fast; other flags override")
+        "not the published optimiser: 1, 2, 5-8 train by --fast; other numbers override")
     add("--fast", action="store_true", help="train the mlp by our fast rule: a control variate, "
         "which uses that the data are a group, equal sizes, a penalty")
     add("--max-margin", action="store_true",
         help="train the mlp on all inputs for the largest normalized margin")
-    rules = {"mlp": {}, "fast": {"fast": True}, "attention": {"model": "attention"},
-             "transformer": {"model": "transformer"}}
+    rules = {"mlp": {}, "fast": {"fast": True}, "max-margin": {"max_margin": True},
+             "attention": {"model": "attention"}, "transformer": {"model": "transformer"}}
     rules = {name: fc.complete(given) for name, given in rules.items()}  # from k and p
     for name, meaning in NUMBERS.items():
         defaults = ", ".join(f"{model} {rule[name]:.4g}" for model, rule in rules.items()
@@ -183,7 +183,11 @@ def train(run, out, save_every, again, finished):
                 run.history.append(line)
             run.seconds = time.monotonic() - began
             if save:
-                fc.save_run(out, run)
+                try:
+                    fc.save_run(out, run)
+                except fc.BadInput as error:  # something came to be there meanwhile
+                    fc.save_run(f"{out}.{os.getpid()}.npz", run)
+                    raise fc.BadInput(f"{error}; saved to {out}.{os.getpid()}.npz") from None
             try:
                 if log:
                     progress.show(line, every)
@@ -202,20 +206,17 @@ def train(run, out, save_every, again, finished):
 def command(script, *words):
     """The command that runs one of our scripts, to be pasted where it is printed."""
     here = os.path.dirname(os.path.abspath(__file__))
-    python = sys.executable
-    python = "python" if shutil.which("python") == python else os.path.relpath(python)
+    usual = shutil.which("python") == sys.executable
+    python = "python" if usual else os.path.relpath(sys.executable)
     return " ".join(map(shell_word, (python, os.path.relpath(os.path.join(here, script)), *words)))
 
 
 def shell_word(text):
     """A word for a shell; in bash's $'..' if the terminal cannot show it."""
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
         text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
-        shown = text.isprintable()
-    except UnicodeEncodeError:
-        shown = False
-    if shown:
-        return shlex.quote(text)
+        if text.isprintable():
+            return shlex.quote(text)
     return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + "'"
 
 
@@ -247,8 +248,8 @@ def benchmark(config):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"  peak memory        {peak / 2**(20 if sys.platform == 'darwin' else 10):9.0f} MiB")
     if gpu:
-        pool = fc.xp.get_default_memory_pool()
-        print(f"  GPU memory         {pool.total_bytes() / 2**20:9.0f} MiB")
+        used = fc.xp.get_default_memory_pool().total_bytes()
+        print(f"  GPU memory         {used / 2**20:9.0f} MiB")
 
 
 def main(argv):
@@ -261,8 +262,8 @@ def main(argv):
         flags["p"] = FIGURE_4_P[flags["k"]]
     device, out, save_every, resume, timing = (
         flags.pop(name, None) for name in ("device", "out", "save_every", "resume", "benchmark"))
-    if save_every < 0 or "" in (out, resume):
-        raise fc.BadInput("--save-every must be 0 or more steps; --out and --resume name a file")
+    if save_every < 0:
+        raise fc.BadInput(f"--save-every must be 0 or more steps, not {save_every}")
     fc.use_device(device)
     run = fc.load_run(resume) if resume else None
     if resume:
