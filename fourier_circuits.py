@@ -1220,9 +1220,9 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
     """The network, of one block or more, on inputs a -> logits, backward(dlogits) -> dparams.
 
     hidden=True: -> [n, f], the activations of the last block's MLP at the last position."""
-    embedding, place, project = params["E"], params["P"], params["W_U"]
-    (p, d), k, layers = embedding.shape, len(place), sum(name.startswith("W_1 ") for name in params)
-    table = (place[:, None] + embedding).reshape(k * p, d)
+    token, place, unembed = params["E"], params["P"], params["W_U"]
+    (p, d), k, layers = token.shape, len(place), sum(name.startswith("W_Q ") for name in params)
+    table = (place[:, None] + token).reshape(k * p, d)
     tape = []
     for i in range(1, layers + 1):
         read, forward = ([f"{name} {i}" for name in part] for part in (ATTENTION, FORWARD))
@@ -1232,24 +1232,24 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
         else:
             x, backward = residual(x, lambda z: self_attention(z, *weights, last))
         tape.append((read, backward))
-        if hidden and last:
+        if hidden and last:  # for transformer_neurons
             return relu(layernorm(x[:, -1])[0] @ params[forward[0]])[0]
         x, backward = residual(x, lambda z: feed_forward(z, *(params[name] for name in forward)))
         tape.append((forward, backward))
     z, norm_backward = layernorm(x[:, -1])
 
     def backward(dlogits):
-        # logits = z project
+        # logits = z unembed
         grads = {"W_U": z.T @ dlogits}
-        dx = norm_backward(dlogits @ project.T)[:, None]
+        dx = norm_backward(dlogits @ unembed.T)[:, None]
         for names, layer_backward in reversed(tape):
             dx, dweights = layer_backward(dx)
             grads |= zip(names, dweights)
-        # table = place + embedding
+        # table = place + token
         dtable = dx.reshape(k, p, d)
         return grads | {"E": dtable.sum(axis=0), "P": dtable.sum(axis=1)}
 
-    return z @ project, backward
+    return z @ unembed, backward
 
 
 def transformer_settings(k=2, p=97, layers=2, **_):
