@@ -157,8 +157,10 @@ def pieces(a, most):  # [n, k] -> [[n', k], ..]
 
 
 def power(z, k):  # [n, m] -> [n, m]
-    """h = z^k, by products: numpy's z**k takes many times as long."""
-    below = math.prod([z] * (k - 2), start=z)  # z^(k-1); start: no product of 1 and z
+    """h = z^k, by products: numpy's z**k takes about ten times as long for k > 2."""
+    below = z
+    for _ in range(k - 2):
+        below = below * z  # in the end z^(k-1)
 
     def backward(dh):
         return k * below * dh
@@ -859,18 +861,18 @@ def init_attention(rng, p, heads, d_head, d_model, init_std, dtype="float32", **
                      "W_P": write, "b": ((heads,), 1)}, rng, dtype)
 
 
-def head_circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, v], OV [H, v, c]
-    """What heads attend to and what they then write, for the v vectors that a first layer can see.
+def head_circuits(x, weights):  # [p, d], 3 [d, H, e] and [H, e, c] -> S [H, p, p], OV [H, p, c]
+    """What heads attend to and what they then write, for the tokens x.
 
         S_h[q, a] = (x W_Q)_q . (x W_K)_a / sqrt(e),     OV_h[a] = (x W_V W_P)_a
 
-    with the weights of head h. For x = E, the tokens, S is the transpose of the paper's attention
-    matrix, divided by sqrt(e). S and OV are computed once for each token, not for each input.
-    weights: W_Q, W_K, W_V, W_P.
+    with the weights of head h. S is the transpose of the paper's attention matrix, divided by
+    sqrt(e). S and OV are computed once for each token, not for each input. weights: W_Q, W_K, W_V,
+    W_P.
     -> S, OV, backward(dS, dOV) -> dx, [dW_Q, dW_K, dW_V, dW_P]."""
     *read, write = weights
     scale = 1 / math.sqrt(write.shape[1])
-    query, key, value = (xp.tensordot(x, w, 1).transpose(1, 0, 2) for w in read)  # [H, v, e]
+    query, key, value = (xp.tensordot(x, w, 1).transpose(1, 0, 2) for w in read)  # [H, p, e]
     s = scale * (query @ key.transpose(0, 2, 1))
     ov = value @ write
 
@@ -889,21 +891,20 @@ def head_circuits(x, weights):  # [v, d], 3 [d, H, e] and [H, e, c] -> S [H, v, 
     return s, ov, backward
 
 
-def attend(s, ov, b, column, row):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> [n, c]
-    """The query of each input attends to its k keys, by the tables of head_circuits.
+def attend(s, ov, b, a):  # [H, p, p], [H, p, c], [H], [n, k] -> [n, c]
+    """The last number of each input, the query, attends to all k numbers, by head_circuits' tables.
 
-        A_hj = softmax over j of S_h[row, column_j], for the last j with b_h added
-        y = sum over h and j of A_hj OV_h[column_j]
+        A_hj = softmax over j of S_h[a_k, a_j], for j = k with b_h added
+        y = sum over h and j of A_hj OV_h[a_j]
 
-    row is the query's row in S_h; column holds the columns of its k keys, which are also their rows
-    in OV_h. The pairs (input, place) whose column is the same t all need the row t of OV: they make
-    one small product. A dense product with one-hot rows would take several times as long.
+    The pairs (input, place) that hold the same token t all need the row t of OV: they make one
+    small product. A dense product with one-hot rows would take several times as long.
     -> y, backward(dy) -> dS, dOV, db."""
-    (n, k), heads, classes = column.shape, len(s), ov.shape[2]
-    pairs = [xp.asarray(np.flatnonzero(column == t)) for t in range(s.shape[2])]
-    score = s.transpose(1, 2, 0)[row[:, None], column]  # [n, k, H]
+    (n, k), (heads, p, classes), query = a.shape, ov.shape, a[:, -1]
+    pairs = [xp.asarray(np.flatnonzero(a == t)) for t in range(p)]
+    score = s.transpose(1, 2, 0)[query[:, None], a]  # [n, k, H]
     score[:, -1] += b
-    A = xp.exp(score - score.max(axis=1, keepdims=True))  # [n, k, H]
+    A = xp.exp(score - score.max(axis=1, keepdims=True))
     A /= A.sum(axis=1, keepdims=True)
     weight = A.reshape(n * k, heads)
     y = xp.empty((n * k, classes), s.dtype)
@@ -922,9 +923,9 @@ def attend(s, ov, b, column, row):  # [H, q, v], [H, v, c], [H], [n, k], [n] -> 
         dscore = A * (dA - (A * dA).sum(axis=1, keepdims=True))
         # score[:, -1] += b
         db = dscore[:, -1].sum(axis=0)
-        # score = s[row, column]
+        # score = s[query, a]
         dscore, ds = dscore.reshape(n * k, heads), xp.empty_like(s)
-        onehot = xp.eye(s.shape[1], dtype=s.dtype)[row]
+        onehot = xp.eye(p, dtype=s.dtype)[query]
         for t, pair in enumerate(pairs):
             ds[:, :, t] = dscore[pair].T @ onehot[pair // k]
         return ds, dov, db
@@ -969,7 +970,7 @@ def attention(params, a):  # [n, k] -> [n, p]
     makes b_h negative in most heads. (This is a sketch: the scores that it finds are not small.)
     For k >= 4 terms of higher order in the scores are needed, s_1 s_2 OV[a_3] at k = 4."""
     s, ov, circuits_backward = head_circuits(params["E"], [params[name] for name in HEADS])
-    logits, attend_backward = attend(s, ov, params["b"], a, a[:, -1])
+    logits, attend_backward = attend(s, ov, params["b"], a)
 
     def backward(dlogits):
         ds, dov, db = attend_backward(dlogits)
@@ -1077,7 +1078,7 @@ def ablate_heads(params):
 
     def network(s, ov):
         s, ov = xp.asarray(s), xp.asarray(ov)
-        return lambda a: attend(s, ov, params["b"], a, a[:, -1])[0]
+        return lambda a: attend(s, ov, params["b"], a)[0]
 
     return network(keys, tokens + ov.mean(axis=1, keepdims=True)), network(s - keys, ov - tokens)
 
@@ -1119,41 +1120,13 @@ def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     return z, backward
 
 
-def first_attention(table, weights, a, p, last):  # [k p, d], .., [n, k] -> [n, k or 1, d]
-    """x + attention(layernorm(x)) in the first block, by tables: there are only k p vectors x.
-
-    Row j p + t of the table is token t at position j, a query for the positions 0 .. j. last: only
-    the last position is a query. For speed: without tables a step of the published size takes 1.1
-    to 2.2 times as long. -> x + .., backward(dx) -> dtable, dweights."""
-    n, k = a.shape
-    z, norm_backward = layernorm(table)
-    s, ov, circuits_backward = head_circuits(z, weights)
-    position = xp.arange(k * p) // p
-    later = position[:, None] < position  # [query, key]
-    key = a + p * np.arange(k)  # [n, k], rows of the table
-    query = key[:, -1:] if last else key
-    queries = query.shape[1]
-    query = query.reshape(-1)
-    y, attend_backward = attend(xp.where(later, -xp.inf, s), ov, xp.zeros(len(s), s.dtype),
-                                key.repeat(queries, axis=0), query)
-
-    def backward(dx):
-        dx = dx.reshape(n * queries, table.shape[1])
-        ds, dov, _ = attend_backward(dx)  # ds is 0 where a score is masked, as there A is 0
-        dz, dweights = circuits_backward(ds, dov)
-        # x = table[query] + ..
-        onehot = xp.eye(k * p, dtype=table.dtype)[query]
-        return norm_backward(dz) + onehot.T @ dx, dweights
-
-    return (table[query] + y).reshape(n, queries, table.shape[1]), backward
-
-
 def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [n, 1, d] if last
-    """Causal attention past the first block, where states differ from input to input.
+    """Causal attention: each position is a query for itself and those before it.
 
         A_hij = softmax over j <= i of q_hi . k_hj / sqrt(e),  y_i = sum_h sum_j A_hij v_hj W_O[h]
 
-    last: only the last position is a query. -> y, backward(dy) -> dx, [dW_Q, dW_K, dW_V, dW_O]."""
+    last: only the last position is a query, as in the last block, where no other is needed.
+    -> y, backward(dy) -> dx, [dW_Q, dW_K, dW_V, dW_O]."""
     k, scale = x.shape[1], 1 / math.sqrt(w_o.shape[1])
     source = x[:, -1:] if last else x  # [n, i, d]
     q, key, v = xp.tensordot(source, w_q, 1), xp.tensordot(x, w_k, 1), xp.tensordot(x, w_v, 1)
@@ -1220,22 +1193,19 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
     """The network, of one block or more, on inputs a -> logits, backward(dlogits) -> dparams.
 
     hidden=True: -> [n, f], the activations of the last block's MLP at the last position."""
-    token, place, unembed = params["E"], params["P"], params["W_U"]
-    (p, d), k, layers = token.shape, len(place), sum(name.startswith("W_Q ") for name in params)
-    table = (place[:, None] + token).reshape(k * p, d)
-    tape = []
+    token, unembed = params["E"], params["W_U"]
+    layers = sum(name.startswith("W_Q ") for name in params)
+    x, tape = token[a] + params["P"], []
     for i in range(1, layers + 1):
         read, forward = ([f"{name} {i}" for name in part] for part in (ATTENTION, FORWARD))
         weights, last = [params[name] for name in read], i == layers
-        if i == 1:
-            x, backward = first_attention(table, weights, a, p, last)
-        else:
-            x, backward = residual(x, lambda z: self_attention(z, *weights, last))
-        tape.append((read, backward))
+        x, layer_backward = residual(x, lambda z: self_attention(z, *weights, last))
+        tape.append((read, layer_backward))
         if hidden and last:  # for transformer_neurons
             return relu(layernorm(x[:, -1])[0] @ params[forward[0]])[0]
-        x, backward = residual(x, lambda z: feed_forward(z, *(params[name] for name in forward)))
-        tape.append((forward, backward))
+        weights = [params[name] for name in forward]
+        x, layer_backward = residual(x, lambda z: feed_forward(z, *weights))
+        tape.append((forward, layer_backward))
     z, norm_backward = layernorm(x[:, -1])
 
     def backward(dlogits):
@@ -1245,9 +1215,10 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
         for names, layer_backward in reversed(tape):
             dx, dweights = layer_backward(dx)
             grads |= zip(names, dweights)
-        # table = place + token
-        dtable = dx.reshape(k, p, d)
-        return grads | {"E": dtable.sum(axis=0), "P": dtable.sum(axis=1)}
+        # x = token[a] + place
+        onehot = xp.eye(len(token), dtype=token.dtype)[a]
+        dtoken = xp.tensordot(onehot, dx, ([0, 1], [0, 1]))
+        return grads | {"E": dtoken, "P": dx.sum(axis=0)}
 
     return z @ unembed, backward
 

@@ -228,7 +228,7 @@ def test_how_one_layer_of_attention_adds(b):
     psi = 2 * np.pi * np.arange(heads)[:, None, None] / heads
     s, ov = -scale * np.cos(x[:, None] + x + psi), np.cos(x[:, None] - x - psi)
     a = fc.all_inputs(3, p)
-    got = fc.attend(s, ov, np.full(heads, b), a, a[:, -1])[0] / heads
+    got = fc.attend(s, ov, np.full(heads, b), a)[0] / heads
     C = [np.cos(x[a @ w % p, None] - x) for w in ([1, 1, 1], [2, 0, 1], [0, 2, 1], [1, 0, 2], [0, 1, 2], [0, 0, 3])]
     expected = C[0] - (1 + B) / 2 * (C[1] + C[2]) + B * (C[3] + C[4] - C[5])
     assert (2 + B)**2 * got / scale == pytest.approx(expected, abs=1e-4)
@@ -316,20 +316,14 @@ Z, X = normal(9, 4), normal(6, 4, 5, seed=4)
 HEAD = [normal(*shape, seed=i) for i, shape in enumerate([(5, 3, 2)] * 3 + [(3, 2, 5)])]
 A = fc.all_inputs(3, 4)[::3]
 DY = normal(len(A), 4, seed=7)
-ROWS = A + 4 * np.arange(3)  # of a table, 4 tokens at each of 3 positions
 LAYERS = {  # the layer; what it is; its inputs
     **{f"power {k}": (lambda z, k=k: fc.power(z, k), lambda z, k=k: z**k, Z) for k in range(2, 8)},
     "relu": (fc.relu, lambda z: np.maximum(z, 0), Z),
     "layernorm": (fc.layernorm, plain_norm, 3 + 2 * Z),
     "head circuits": (lambda x, *w: fc.head_circuits(x, w), plain_tables, X[0], *HEAD),
-    "attend": (lambda s, ov, b: fc.attend(s, ov, b, A, A[:, -1]),
+    "attend": (lambda s, ov, b: fc.attend(s, ov, b, A),
                lambda s, ov, b: plain_attend(s, ov, b, A),
                normal(3, 4, 4), normal(3, 4, 5, seed=1), normal(3, seed=2)),
-    "first attention": (lambda table, *w: fc.first_attention(table, w, A, 4, False),
-                        lambda table, *w: plain_block(table[ROWS], *w), normal(12, 5), *HEAD),
-    "first attention of the last": (lambda table, *w: fc.first_attention(table, w, A, 4, True),
-                                    lambda table, *w: plain_block(table[ROWS], *w)[:, -1:],
-                                    normal(12, 5), *HEAD),
     "self-attention": (lambda *x: fc.self_attention(*x, False), plain_self_attention, X, *HEAD),
     "self-attention of the last": (lambda *x: fc.self_attention(*x, True),
                                    lambda *x: plain_self_attention(*x)[:, -1:], X, *HEAD),
@@ -408,7 +402,7 @@ def test_large_numbers_stay_finite():
     large = {name: 1e100 * x for name, x in params.items()}
     assert fc.norm(large) == pytest.approx(1e100 * fc.norm(params), rel=1e-13)
     s = 1e4 * normal(3, 4, 4)
-    for y, gradient in (fc.attend(s, normal(3, 4, 5), np.zeros(3), A, A[:, -1]),
+    for y, gradient in (fc.attend(s, normal(3, 4, 5), np.zeros(3), A),
                         fc.self_attention(1e3 * X, *HEAD, False)):
         assert all(np.isfinite(x).all() for x in arrays([y, gradient(np.ones_like(y))]))
 
