@@ -9,8 +9,9 @@ of transformers become two-dimensional cosines.
 
 The sections. Each uses what stands above it; only the class Run, a training run with its settings,
 weights and moments, is defined in the last. To go from Eq. 2 to a trained neuron to the theorem
-read from "data" to "the best"; "attention" and "transformer" can be read by themselves. Functions
-that nothing here calls serve train.py and analyze.py.
+read from "data" to "the best"; the training step itself is train_step in "runs", and the loop over
+the steps is in train.py. "attention" and "transformer" can be read without "the best" and "faster".
+Functions that nothing here calls serve train.py and analyze.py.
 
     arrays         use_device, to_host
     data           all_inputs, labels, split                                           Eq. 1
@@ -18,7 +19,7 @@ that nothing here calls serve train.py and analyze.py.
     learning       adamw, learning_rate, mlp_settings; loss_and_gradients
     what is found  neuron_spectra, ablate; evaluate               Section 4; Figures 1, 2, 5-8
     the best       norm, max_margin, margin_bound, efficiency     Theorem 4.1, Lemmas 4.2, F.2
-                   paper_network, rotated_network, theory_check   Lemmas 4.3, E.1, E.3
+    theory         paper_network, rotated_network, theory_check   Lemmas 4.3, E.1, E.3
     faster         mlp_with_control_variate, fast_settings        beyond the paper
     max. margin    max_margin_settings                            Lemma 3.7
     attention      head_circuits, attend, attention; head_spectra      Figures 3, 9, 10
@@ -36,7 +37,7 @@ Letters
     theta    all weights; theta_i those of neuron i; in a cosine its phase, as in the paper
     f^, u^_1 the DFT, where ^ stands directly after f, f~, u, w or x; elsewhere it is a power
     f~, w~   f and w less their means over the classes
-    h, j, s, t, v, x have another meaning in some functions, which is given there.
+    h, j, s, t, v, x mean different things in different functions, which say what.
 
 A layer is a function out, backward = layer(x, ..). Its backward(dout) takes the gradient of the
 loss with respect to out and returns those with respect to the layer's weights and states; the
@@ -57,7 +58,7 @@ import numpy as np
 # ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
 
 xp = np
-PIECE = 256  # inputs that a network sees at a time, see pieces; use_device changes it
+PIECE = 256  # inputs that a network sees at a time, see pieces; use_device sets it
 MAX_BYTES = 2**31  # of all inputs, and of the weights with their gradients and AdamW's moments
 TINY = 1e-30  # the smallest denominator: all-zero weights have a share of 0, not of 0/0
 
@@ -97,7 +98,8 @@ def check_size(k, p, m=1):
     if k < 2 or p < 2 or m < 1:
         raise BadInput(f"k = {k} and p = {p} must be at least 2, m = {m} at least 1")
     # 2^200 is too large in any case, and computing p^k for k = 10^6 would take long. 8 bytes for a
-    # number of an input, 16 for a weight: itself, its gradient and two moments in float32.
+    # number of an input, 16 for a weight: itself, its gradient and two moments in float32 (float64
+    # takes twice that).
     if k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
         raise BadInput(f"too large: k = {k}, p = {p} have p^k inputs, m neurons (k+1) p weights; "
                        f"they exceed {MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
@@ -124,9 +126,9 @@ def labels(a, p):  # [n, k] -> [n]
 def split(k, p, fraction, rng, orbit=None):
     """A random part of D_p to train on: bool [p^k] on the host, True for this fraction of D_p.
 
-    orbit: int [p^k], a group for each input, such as orbits gives; then the fraction is one of the
-    groups, and each group is in the part as a whole or not at all. rng: a numpy Generator. Raises
-    BadInput if the fraction is outside (0, 1] or selects nothing."""
+    orbit: int [p^k], a group for each input, such as orbits gives; then it is this fraction of the
+    groups that is drawn, each as a whole. rng: a numpy Generator. Raises BadInput if the fraction
+    is outside (0, 1] or selects nothing."""
     check_size(k, p)
     orbit = np.arange(p**k) if orbit is None else orbit
     groups = np.unique(orbit)
@@ -138,8 +140,8 @@ def split(k, p, fraction, rng, orbit=None):
 
 
 def orbits(k, p, count):  # -> int [p^k], on the host
-    """The orbit of each input, named by the index of its sorted member. Two inputs are in one orbit
-    if they differ only in the order of their first `count` numbers. See split.
+    """The orbit of each input. Two inputs are in one orbit if they differ only in the order of
+    their first `count` numbers. It is named by the index of its member in which these are sorted.
 
     orbits(2, 3, 2) -> [0, 1, 2, 1, 4, 5, 2, 5, 8]: [1, 0] is in the orbit of [0, 1], which is 1."""
     a = digits(np.arange(p**k), k, p)
@@ -149,7 +151,8 @@ def orbits(k, p, count):  # -> int [p^k], on the host
 
 def pieces(a, most):  # [n, k] -> [[n', k], ..]
     """The inputs in pieces of at most n' = most: what a network computes of a piece should stay in
-    a CPU's cache. The logits of k=4 p=47 take a quarter less time with 256 than with 1024."""
+    a CPU's cache; but each piece costs Python's time. The logits of k=4 p=47 take a quarter less
+    time with 256 than with 1024."""
     return [a[start:start + most] for start in range(0, len(a), most)]
 
 
@@ -242,10 +245,10 @@ def mlp_settings(k=3, p=23, m=None, activation="power", **_):
     They are enough at k=3 p=23; larger sizes need more steps, k=4 and 5 also a larger batch.
 
     Learning rate, betas, batch and warm-up are the paper's. The others were chosen on seeds from
-    100 up, so that none was fitted to the reported seeds 0, 1, 2 .. These are the first weights;
-    the decay, which makes each neuron drop all frequencies but one (with a decay of 0.3 most stay
-    mixed at k=3 p=97); and "hold", the share of the steps before the learning rate begins to fall:
-    while it falls, a neuron loses what is left of its other frequencies."""
+    100 up, so that none was fitted to the reported seeds 0, 1, 2 ..: init_std; weight_decay, which
+    makes each neuron drop all frequencies but one (with 0.3 most stay mixed at k=3 p=97); hold, the
+    share of the steps before the learning rate begins to fall. While it falls, a neuron loses what
+    is left of its other frequencies."""
     m = 2 ** (2 * k - 2) * (p - 1) if m is None else m  # the width of paper_network
     check_size(k, p, m)
     return {"k": k, "p": p, "m": m, "activation": activation, "fast": False, "max_margin": False,
@@ -295,7 +298,7 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8)
 
 
 def stream(config, *use):
-    """A separate random generator for each use: 0 is the split; 1 the first weights; 2, step the
+    """A random generator of its own for each use: 0 is the split; 1 the first weights; 2, step the
     batch of a step; 3 the inputs of a line of progress."""
     return np.random.default_rng(np.random.SeedSequence(config["seed"], spawn_key=use))
 
@@ -309,7 +312,8 @@ def sample_inputs(index, k, p, rng, most=2**17):
 
 
 def next_batch(run):
-    """The inputs of a run's next step: random ones of its training part, or all if it is small."""
+    """The inputs of the next step of a run (see Run): random ones of its training part, whose
+    indices are run.index, or all if they are no more than the batch."""
     config = run.config
     return sample_inputs(run.index, config["k"], config["p"], stream(config, 2, run.step),
                          config["batch"])
@@ -371,7 +375,9 @@ def neuron_spectra(params):
     phase_error [m]     |theta_1 + .. + theta_k - theta_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
     live [m]            norm above a tenth of the largest
     single [m]          live, and over 95% of the power at zeta
-    summary             four numbers; frequencies_used counts the frequencies of single neurons"""
+    summary             live_neurons; max_normalized_power, the mean of shares over live neurons;
+                        single_frequency_fraction, of the live ones; frequencies_used, by the single
+                        ones"""
     vectors, norms = to_host(neurons(params)), to_host(neuron_norms(params))
     spectrum = power_spectrum(vectors).sum(axis=0)  # [m, p // 2 + 1]
     zeta, each = 1 + spectrum[:, 1:].argmax(axis=1), np.arange(len(norms))
@@ -416,7 +422,7 @@ def evaluate(parts):
     right            bool [n], on the host; accuracy: their share
     loss             the mean cross-entropy
     margin           the smallest
-    circuit          g [p], the part of the logits that depends on c - a_1 - .. - a_k alone
+    circuit          g [p], what of the logits depends on c - a_1 - .. - a_k alone
     circuit_share    the circuit's share of the power of the logits
 
     With f~ = f less its mean over the classes,
@@ -424,12 +430,13 @@ def evaluate(parts):
         g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
         circuit_share = n sum_Delta g(Delta)^2 / sum_{a,c} f~(a)[c]^2.
 
-    Over D_p this is Lemma F.2's diagonal, as
+    So g(c - a_1 - .. - a_k) is the best approximation of f~(a)[c] by a function of this difference.
+    Over D_p it is the part of f~ whose DFT lies on the frequencies (j, .., j, -j), the diagonal of
+    Lemma F.2:
 
-        sum over Delta of g(Delta) e^(2 pi i j Delta / p) = f~^(j, .., j, -j) / p^k,
+        sum over Delta of g(Delta) e^(2 pi i j Delta / p) = f~^(j, .., j, -j) / p^k.
 
-    and by Parseval circuit_share is the share of the power of f~'s DFT that lies on (j, .., j, -j).
-    It is 1 for a max-margin network, 1/n on average for random logits."""
+    circuit_share is 1 for a max-margin network, 1/n on average for random logits."""
     margin, loss, g, total = [], 0.0, 0.0, 0.0
     for a, logits, *_ in parts:
         y = labels(a, logits.shape[1])
@@ -461,12 +468,27 @@ def without_circuit(parts, g):
 
 # ---- The best network there is: norm, margin, gamma* (Def. B.2, Theorem 4.1) ---------------------
 
+# Why a neuron of the best network is a cosine (Lemma 4.2, odd p): a margin is at most the
+# class-weighted one, whose mean over D_p is the sum over neurons and over j = 1 .. p-1 of
+#
+#     k! / ((p-1) p^k)  |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
+#
+# With P_j = |u^_1(j)|^2 + .. + |w^(j)|^2 the product is at most (P_j / (k+1))^((k+1)/2) by the
+# inequality of arithmetic and geometric means. This is convex in P_j, and the sum of all P_j is at
+# most p ||theta_i||^2: so it is best to have all power at one pair j, p-j, shared equally by u_1 ..
+# u_k and w; and the phase error must be 0. Then P_j = P_{p-j} = p ||theta_i||^2 / 2 (Parseval), and
+# the neuron adds gamma* ||theta_i||^(k+1); all neurons add gamma* ||theta||^(k+1). The smallest
+# margin equals the mean only if all margins do; then f^(j,..,j,-j) is the same for every j != 0,
+# and so every frequency is used (Lemma F.2).
+
 
 def norm(params):
     """||theta||_{2,k+1} = (sum_i ||theta_i||_2^(k+1))^(1/(k+1)) (Def. B.2)."""
     norms, nu = neuron_norms(params), len(params["u"]) + 1
     largest = norms.max()  # taken out first, so that no power overflows
-    return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu)) if largest != 0 else 0.0
+    if largest == 0:
+        return 0.0
+    return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu))
 
 
 def penalty(params, strength, exponent):
@@ -480,7 +502,8 @@ def penalty(params, strength, exponent):
     and 0 for weights that are all 0."""
     norms, nu = neuron_norms(params), len(params["u"]) + 1
     total = (norms**nu).sum() ** (1 / nu)
-    pull = strength * exponent * (total + (total == 0)) ** (exponent - nu) * norms ** (nu - 2)
+    scale = total + (total == 0)  # 1 where all weights are 0
+    pull = strength * exponent * scale ** (exponent - nu) * norms ** (nu - 2)
     return strength * total**exponent, {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
 
 
@@ -489,9 +512,10 @@ def max_margin(k, p):
 
         gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) )
 
-    This is for odd p. For even p, which the paper leaves out, the Nyquist frequency p/2 gives 1/r
-    times as much margin for its norm, r = 2^(-(k-1)/2), as its power is not split between j and
-    p - j, and gamma* is (p-1)/(p-2+r) times as large.
+    This is for odd p. For even p, which the paper leaves out, a neuron of the Nyquist frequency p/2
+    gives 1/r times as much class-weighted margin for its norm, r = 2^(-(k-1)/2), as its power is
+    not split between j and p - j, and gamma* is (p-1)/(p-2+r) times as large.
+
     rotated_network reaches it. No network has more: in the proof of Lemma 4.2, instead of weighing
     all wrong classes alike, give y + Delta the weight (2-r)/(p-2+r) if Delta is even and r/(p-2+r)
     if it is odd (these add up to 1). In the margin that is weighted so, each frequency j has the
@@ -504,20 +528,6 @@ def normalized_margin(params):
     """The smallest margin over D_p (of z^k) divided by ||theta||^(k+1), which is the margin of
     theta / ||theta||. It is at most gamma*."""
     return evaluate(mlp_pieces(params))["margin"] / (norm(params) ** (len(params["u"]) + 1) or 1)
-
-
-# Why a neuron of the best network is a cosine (Lemma 4.2, odd p): a margin is at most the
-# class-weighted one, whose mean over D_p is the sum over neurons and over j = 1 .. p-1 of
-#
-#     k! / ((p-1) p^k)  |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
-#
-# With P_j = |u^_1(j)|^2 + .. + |w^(j)|^2 the product is at most (P_j / (k+1))^((k+1)/2) by the
-# inequality of arithmetic and geometric means. This is convex in P_j, and the sum of all P_j is
-# given by the norm: so it is best to have all power at one pair j, p-j, shared equally by u_1 ..
-# u_k and w; and the phase error must be 0. Then P_j = P_{p-j} = p ||theta_i||^2 / 2 (Parseval), and
-# the neuron adds gamma* ||theta_i||^(k+1); all neurons add gamma* ||theta||^(k+1). The smallest
-# margin equals the mean only if all margins do; then f^(j,..,j,-j) is the same for every j != 0,
-# and so every frequency is used (Lemma F.2).
 
 
 def neuron_dft(params):  # -> complex [p, m]
@@ -580,7 +590,7 @@ def paper_network(k, p):
     check_size(k, p, 2 ** (2 * k - 2) * (p - 1))
     if p % 2 == 0:
         raise BadInput(f"the paper's network is for odd p, not {p}; rotated_network takes any p")
-    # A sine is a cosine turned by a quarter: sine_j = 1 makes t_j = cos(x_j - pi/2) = sin x_j. As
+    # A sine is a cosine turned by pi/2: sine_j = 1 makes t_j = cos(x_j - pi/2) = sin x_j. As
     # cos(x - x_c) = cos x cos x_c + sin x sin x_c for x = x_1 + .. + x_k, x_c takes a sine, too,
     # where q, the number of sines, is odd. (-1)^(q // 2) is the product's sign in cos x or sin x.
     sine = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
@@ -624,7 +634,8 @@ def cosine_network(k, p, amplitudes, phases):
 
     amplitudes, phases: [rows, k+1], of the neurons at each zeta. For odd p all neurons have the
     same norm. For even p those of the Nyquist frequency are the first 2^(k-1) rows alone (t = 0);
-    they have the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1)."""
+    they have the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1), so that
+    f^(j, .., j, -j) is the same for every j: a pair j, p-j has 2 of p-2+r, and p/2 has r."""
     angle = 2 * np.pi * np.arange(p) / p
     r = 2 ** (-(k - 1) / 2)
     parts = []
@@ -646,8 +657,8 @@ def theory_check(params):
 
         f(a)[c] = gamma* (1{c = a_1 + .. + a_k} - 1/p),
 
-    so that all wrong classes are alike (Condition 3.8); for even p ours has this f, too. For odd p
-    also the first-order (dual) condition, which is necessary: the gradient of the mean
+    so that all wrong classes are alike (Condition 3.8); for even p rotated_network has this f, too.
+    For odd p also the first-order (dual) condition, which is necessary: the gradient of the mean
     class-weighted margin is gamma* times that of sum_i ||theta_i||^(k+1). (Both are homogeneous of
     degree k+1, and the margin is gamma* at norm 1; so by Euler's identity the factor is gamma*.)
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
@@ -691,7 +702,7 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
     where w~_i(y) = w_i(y) - mean over c of w_i(c). Expand z^k. If a monomial lacks some v_j,
     average over a_j first: only w~_i(y) depends on it, and its average is 0. The only monomial of
     degree k that has every v_j is v_1 .. v_k, which is subtracted. On a batch R is not 0, but only
-    noise: R is a control variate. To first order in the logits cross-entropy is
+    noise: R is a control variate. While the logits are small, cross-entropy is to first order
 
         log p - mean_a sum_i z_i^k w~_i(y),
 
@@ -701,12 +712,14 @@ def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
 
         coefficient * R.
 
-    With coefficient 1 only the gradient of the product term is left, to first order.
+    With coefficient 1 only the gradient of the product term is left, to first order. As the network
+    learns, fast_step lets the coefficient fall to 0.
 
     What it is not: R assumes all p^k inputs. On a training half its mean is not 0, so this is not
     the gradient of that half's cross-entropy: it is told that the data are a whole group.
-    (The product of all v but v_j is v_1 .. v_{j-1}, which is kept from the way up, times the rest,
-    which grows on the way down. That takes 3 (k-1) products; each from the start, k (k-1).)"""
+    (The gradient by v_j needs the product of the other v: v_1 .. v_{j-1}, kept in begun, times
+    v_{j+1} .. v_k, gathered in dbegun from j = k down. That is 3 (k-1) products of arrays, not
+    k (k-1), which at k=5 would take 1.7 times as long.)"""
     u, w = params["u"], params["w"]
     k, p, _ = u.shape
     v = [u[j][a[:, j]] for j in range(k)]
@@ -752,7 +765,8 @@ def fast_settings(**given):
     sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls (gate), and a learning
     rate that falls to 0.
 
-    The numbers were chosen on seeds from 100 up, so that few steps are enough at the paper's sizes.
+    The numbers were chosen on seeds from 100 up, so that few steps are enough at the paper's sizes;
+    lr and 1 / weight_decay are in units of the weights' size, natural_scale.
     At a higher learning rate the neurons of k >= 4 do not settle; at a lower one many live on with
     mixed frequencies. The number of steps was found by trial at six sizes: the larger D_p is, the
     longer it takes to leave the noise."""
@@ -831,11 +845,13 @@ def max_margin_settings(**given):
     at every strength below gamma* (p-1)/p the optimum is a max-margin network. For logits whose
     mean class-weighted margin (margins) is M, Jensen's inequality gives
 
-        mean cross-entropy >= log(1 + (p-1) e^(-M)),     and M <= gamma* N (Theorem 4.1).
+        mean cross-entropy >= log(1 + (p-1) e^(-M)),     and M <= gamma* N (Lemma 4.2).
 
-    A max-margin network has equality in both, and only such a network has. What is left is the best
-    size: at strength l gamma* its margin is log((p-1) (1-l) / l). So at the strength of 0.1 gamma*
-    it is log(9 (p-1)), and whatever trained networks lack of gamma* they lack by the optimizer."""
+    A max-margin network of any size has equality in both, and only such a network has. What is left
+    is the best size: with x = gamma* N and the strength l gamma*, log(1 + (p-1) e^(-x)) + l x is
+    least where its margin x is log((p-1) (1-l) / l). So at the strength of 0.1 gamma* the optimum
+    has the margin log(9 (p-1)), and a network that is wide enough lacks something of gamma* only
+    because it was not trained to the optimum."""
     rule = mlp_settings(**given)
     k, p, m = rule["k"], rule["p"], rule["m"]
     scale = natural_scale(k, p, m)
@@ -938,8 +954,8 @@ def attention(params, a):  # [n, k] -> [n, p]
     last of which is the query; b_h is a bias of the query's own score.
     -> logits, backward(dlogits) -> a dict like params.
 
-    How can it add? Take k = 3, numbers a_1, a_2 and the query q, and a head with so low a b_h that
-    the query gives no weight to itself. With s_j = S[q, a_j] the softmax of two scores is
+    How can it add? Take k = 3, numbers a_1, a_2 and the query q, and a head whose b_h is so low
+    that the query gives no weight to itself. With s_j = S[q, a_j] the softmax of two scores is
 
         2 logits = OV[a_1] + OV[a_2] + tanh((s_1 - s_2) / 2) (OV[a_1] - OV[a_2]).
 
@@ -952,8 +968,8 @@ def attention(params, a):  # [n, k] -> [n, p]
 
         S[q, a] = -cos(x_q + x_a + psi),     OV[a, c] = cos(x_a - x_c - psi).
 
-    On average over heads of different psi all is lost that still depends on psi, and what is left
-    is, with C(s) = cos(2 pi zeta (s - c)/p),
+    On average over heads of different psi all is lost that still depends on psi. What is left of
+    the logits is, to first order and with C(s) = cos(2 pi zeta (s - c)/p),
 
         4 logits = C(a_1 + a_2 + q) - C(2 a_1 + q) / 2 - C(2 a_2 + q) / 2.
 
@@ -968,7 +984,9 @@ def attention(params, a):  # [n, k] -> [n, p]
 
     and at b_h = 0 the classes 2 q + a_1 and 2 q + a_2 are as strong as the right one. Training
     makes b_h negative in most heads. (This is a sketch: the scores that it finds are not small.)
-    For k >= 4 terms of higher order in the scores are needed, s_1 s_2 OV[a_3] at k = 4."""
+    For k >= 4 terms of higher order in the scores are needed. At k = 4 it is s_1 s_2 OV[a_3], which
+    holds the query twice: S[q, a] = cos(x_q / 2 + x_a + psi), where 1/2 is modulo p, and
+    OV[a, c] = cos(x_a - x_c - 2 psi) have the right class there."""
     s, ov, circuits_backward = head_circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a)
 
@@ -1040,8 +1058,9 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     size             rms(S_h) rms(OV_h)
     live             a size of at least a twentieth of the largest
     single           live, and key, token and class share are each over 95%
-    used             live, and they are each over half
-    summary          three numbers; frequencies_used counts the frequencies of used heads"""
+    used             live, and key, token and class share are each over half
+    summary          live_heads; key_share, the median of live heads; frequencies_used, by the used
+                     ones"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
     spectrum = head_spectrum(s)
     # Add the query frequency -u to u; 0 and p/2 have no partner.
@@ -1114,7 +1133,7 @@ def layernorm(x, eps=1e-5):  # [.., d] -> [.., d]
     scale = 1 / xp.sqrt((centred * centred).mean(**last) + eps)
     z = centred * scale
 
-    def backward(dz):  # the mean is subtracted; and dscale = -scale^2 mean(z dx)
+    def backward(dz):  # a change e of x changes scale by -scale^2 mean(z e)
         return scale * (dz - dz.mean(**last) - z * (z * dz).mean(**last))
 
     return z, backward
@@ -1243,7 +1262,8 @@ def clipped(grads, most):
 
 
 def neuron_shares(x):  # [p, .., p, f] -> [f]
-    """The share of a function's variance that one frequency holds; x: f functions on Z_p^k.
+    """The share of a function's variance that one frequency holds; x: f functions on Z_p^k. It is 1
+    for cos(2 pi zeta a_1/p) cos(2 pi zeta a_2/p).
 
     For each zeta, add the power of all entries of the DFT whose k indices are each 0, zeta or -zeta
     (not all 0). The largest of these sums over zeta, divided by that of all entries; 0 for a
@@ -1252,7 +1272,7 @@ def neuron_shares(x):  # [p, .., p, f] -> [f]
     At k = 2 this is the measure of Nanda et al. 2023 (arXiv 2301.05217)."""
     p, axes = len(x), tuple(range(x.ndim - 1))
     spectrum = np.abs(np.fft.fftn(x, axes=axes)) ** 2
-    rounding = 1e-24 * spectrum[(0,) * len(axes)]  # float64's, squared, of a constant
+    rounding = 1e-24 * spectrum[(0,) * len(axes)]  # what it leaves of a constant
     spectrum[(0,) * len(axes)] = 0
     at = [spectrum[np.ix_(*[sorted({0, zeta, p - zeta})] * len(axes))].sum(axis=axes)
           for zeta in range(1, p // 2 + 1)]
@@ -1303,7 +1323,7 @@ def checked(name, value):
     if name == "betas" and isinstance(value, (list, tuple)) and len(value) == 2:
         return [checked("beta", x) for x in value]
     if name not in NUMBERS:
-        raise BadInput(f"{flag} = {value!r}: there is no such setting, or not with this value")
+        raise BadInput(f"{flag} = {value!r}: there is no such setting, or it takes no such value")
     kind, low, high = NUMBERS[name]
     number = numbers.Integral if kind is int else numbers.Real
     if not isinstance(value, number) or isinstance(value, bool) or not low <= value <= high:
@@ -1321,8 +1341,8 @@ def complete(given):
     given = {name: checked(name, value) for name, value in given.items()}
     model, fast, by_margin = (given.get(name) for name in ("model", "fast", "max_margin"))
     if bool(fast) + bool(by_margin) + (given.get("activation") == "relu") > 1:
-        raise BadInput("fast and max-margin are two rules of training, both for the power "
-                       "activation; choose one of them, or none")
+        raise BadInput("fast, max-margin and activation relu exclude each other; choose one of "
+                       "them, or none")
     rule = MODELS[model or "mlp"][0]
     if rule is mlp_settings and (fast or by_margin):
         rule = fast_settings if fast else max_margin_settings
@@ -1351,14 +1371,15 @@ def network_pieces(config, params, a=None):
     -> an iterator of (inputs, logits, backward) of each piece."""
     if config["model"] == "mlp":
         return mlp_pieces(params, a, config["activation"])
-    network = MODELS[config["model"]][2]
+    _, _, network, _ = MODELS[config["model"]]
     a = all_inputs(config["k"], config["p"]) if a is None else a
     return ((piece, *network(params, piece)) for piece in pieces(a, 4 * PIECE))
 
 
 @dataclass(eq=False)
 class Run:
-    """A training run: all that its file holds, and so all that its next step depends on."""
+    """A training run: all that its file holds, and so all that its next step depends on. index, the
+    indices of the inputs to train on (see digits), follows from train."""
     config: dict
     params: dict
     first: dict  # AdamW's moments
@@ -1373,7 +1394,7 @@ class Run:
         train, k, p = self.train, self.config["k"], self.config["p"]
         if self.config["model"] == "attention":  # one input of each orbit
             train = train & (orbits(k, p, k - 1) == np.arange(p**k))
-        self.index = np.flatnonzero(train)  # indices of the inputs to train on, see digits
+        self.index = np.flatnonzero(train)
 
 
 def new_run(config):
@@ -1382,7 +1403,8 @@ def new_run(config):
     if config["split"] == "orbits":  # attention's last number, the query, has its own place
         orbit = orbits(k, p, k - 1 if config["model"] == "attention" else k)
     train = split(k, p, config["train_fraction"], stream(config, 0), orbit)
-    params = MODELS[config["model"]][1](stream(config, 1), **config)
+    _, init, _, _ = MODELS[config["model"]]
+    params = init(stream(config, 1), **config)
     moments = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
     return Run(config, params, *moments, train)
 
@@ -1420,7 +1442,7 @@ def progress(run):
         seen = evaluate(network_pieces(config, params, a)) if len(a) else {}
         line |= {f"{name}_loss": seen.get("loss"), f"{name}_accuracy": seen.get("accuracy"),
                  "circuit_share": seen.get("circuit_share", line.get("circuit_share"))}
-    spectra = MODELS[config["model"]][3]
+    _, _, _, spectra = MODELS[config["model"]]
     line |= spectra(params)["summary"] if spectra else {}
     if config.get("max_margin"):
         line["margin_ratio"] = normalized_margin(params) / max_margin(k, p)
@@ -1437,7 +1459,8 @@ def whole_file(path, keep=True):
     part = os.path.join(os.path.dirname(path), f".{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # fails where we cannot write
+            # Opened only to see whether we may write; a pipe would wait but for NONBLOCK.
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
         with open(part, "xb") as file:
             yield file
             file.flush()
@@ -1480,7 +1503,14 @@ def load_run(path):
             raise ValueError
         groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in
                           arrays.items() if name.startswith(f"{group} ")} for group in GROUPS}
-        return Run(**meta, **groups, train=arrays["train"])
+        run = Run(**meta, **groups, train=arrays["train"])
+        config, train = run.config, run.train
+        _, init, _, _ = MODELS[config["model"]]
+        shapes = [{name: x.shape for name, x in weights.items()} for weights in (
+            init(stream(config, 1), **config), run.params, run.first, run.second)]
+        if shapes != shapes[:1] * 4 or train.shape != (config["p"] ** config["k"],):
+            raise ValueError
+        return run
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a damaged or foreign file fails in many ways
