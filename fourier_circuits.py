@@ -1050,7 +1050,7 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     frequency        zeta with most power along the keys of S_h
     token_frequency  that with most power along the tokens of OV_h
     key_share        share of the power of S_h that lies at zeta, along its keys
-    token_share      share of the power of OV_h at its strongest frequency, along its tokens
+    token_share      share of the power of OV_h that lies at zeta, along its tokens
     class_share      the same along its classes
     same             the strongest frequencies of keys, tokens and classes are the same
     block_share      share of the power of S_h in its two strongest query frequencies times its two
