@@ -8,7 +8,7 @@
     python train.py --model attention               one layer of attention, k = 3, p = 31: 80 s
     python train.py --figure 3                      Figures 3, 9, 10: 2 to 5 minutes
     python train.py --model transformer             two blocks, k = 2, p = 97, grokking: 1 minute
-    python train.py --figure 4 --k 3                its published size: 20 minutes
+    python train.py --figure 4 --k 3                its published size: half an hour
     python train.py --k 3 --p 23 --benchmark        milliseconds a step
     python train.py --resume FILE                   go on where a stopped run was saved
 """
