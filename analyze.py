@@ -4,7 +4,7 @@
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         only draw its figure (needs matplotlib)
     python analyze.py RUN RUN RUN ..                the reports; of transformers one line a
-                                                    configuration, and --figures draws Figure 4
+                                                    configuration, and --figures draws them together
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
 """
 

@@ -1234,7 +1234,7 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
         for names, layer_backward in reversed(tape):
             dx, dweights = layer_backward(dx)
             grads |= zip(names, dweights)
-        # x = token[a] + place
+        # x = token[a] + params["P"]
         onehot = xp.eye(len(token), dtype=token.dtype)[a]
         dtoken = xp.tensordot(onehot, dx, ([0, 1], [0, 1]))
         return grads | {"E": dtoken, "P": dx.sum(axis=0)}
@@ -1354,11 +1354,12 @@ def complete(given):
     if model == "attention" and config["split"] != "orbits":
         raise BadInput("attention cannot see the order of its inputs: its split is always orbits")
     check_size(config["k"], config["p"], config.get("m", 1))
-    # Weights with gradient and moments, and S and OV of all heads: see check_size.
-    k, p, layers, heads, e, d, f = (config.get(x, 0) for x in (
-        "k", "p", "layers", "heads", "d_head", "d_model", "d_ff"))
-    weights = 4 * heads * e * d + 2 * d * f
-    if 16 * (max(layers, 1) * weights + heads * k * p * (k * p + max(d, p))) > MAX_BYTES:
+    # Weights with gradient and moments, and attention's S and OV of all heads: see check_size.
+    p, layers, heads, e, d, f = (config.get(x, 0) for x in (
+        "p", "layers", "heads", "d_head", "d_model", "d_ff"))
+    weights = max(layers, 1) * (4 * heads * e * d + 2 * d * f)
+    tables = 0 if layers else 2 * heads * p**2
+    if 16 * (weights + tables) > MAX_BYTES:
         raise BadInput("too large: weights and attention matrices of all heads exceed "
                        f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
     return config
@@ -1366,7 +1367,7 @@ def complete(given):
 
 def network_pieces(config, params, a=None):
     """The network on inputs a [n, k], or on all of D_p in order (None), in pieces: larger ones for
-    attention and transformers, whose arrays are smaller than [n, m].
+    attention and transformers, whose arrays are small at their usual sizes.
 
     -> an iterator of (inputs, logits, backward) of each piece."""
     if config["model"] == "mlp":

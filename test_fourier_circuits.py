@@ -224,7 +224,7 @@ def test_a_max_margin_network_is_the_optimum_at_each_strength(k, p, strength):
 @pytest.mark.parametrize("b", [-50, -1, 0, 1])
 def test_how_one_layer_of_attention_adds(b):
     """attention's sketch: k = 3, small scores, the mean over heads that differ in psi."""
-    p, heads, scale, B = 7, 8, 1e-5, math.exp(b)
+    p, heads, scale, B = 7, 8, 1e-6, math.exp(b)
     terms = [1, 1, 1], [2, 0, 1], [0, 2, 1], [1, 0, 2], [0, 1, 2], [0, 0, 3]
     x = 2 * np.pi * 2 * np.arange(p) / p
     psi = 2 * np.pi * np.arange(heads)[:, None, None] / heads
@@ -233,7 +233,7 @@ def test_how_one_layer_of_attention_adds(b):
     got = fc.attend(s, ov, np.full(heads, b), a)[0] / heads
     C = [np.cos(x[a @ term % p, None] - x) for term in terms]
     expected = C[0] - (1 + B) / 2 * (C[1] + C[2]) + B * (C[3] + C[4] - C[5])
-    assert (2 + B) ** 2 * got / scale == pytest.approx(expected, abs=1e-4)
+    assert (2 + B) ** 2 * got / scale == pytest.approx(expected, abs=1e-8)
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])

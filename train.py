@@ -5,7 +5,7 @@
     python train.py --k 3 --p 23 --max-margin       the largest normalized margin: one minute
     python train.py --k 4 --p 47 --batch 16384      Figure 1 by textbook AdamW: up to an hour
     python train.py --figure 1                      Figures 1, 5, 7 by the fast rule: minutes
-    python train.py --model attention               one layer of attention, k = 3, p = 31: 80 s
+    python train.py --model attention               one layer of attention, k = 3, p = 31: 100 s
     python train.py --figure 3                      Figures 3, 9, 10: 2 to 5 minutes
     python train.py --model transformer             two blocks, k = 2, p = 97, grokking: 1 minute
     python train.py --figure 4 --k 3                its published size: half an hour
