@@ -2,7 +2,7 @@
 
     python analyze.py RUN.npz                       the report, and neurons as text
     python analyze.py RUN.npz --json                the report as JSON
-    python analyze.py RUN.npz --figures DIR         only draw its figure (needs matplotlib)
+    python analyze.py RUN.npz --figures DIR         draw its figure (needs matplotlib)
     python analyze.py RUN RUN RUN ..                the reports; of transformers one line a
                                                     configuration, and --figures draws them together
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
@@ -10,65 +10,21 @@
 
 import argparse
 import contextlib
+import copy
 import errno
 import json
 import os
 import string
 import sys
+import warnings
+
+if __name__ == "__main__":  # before numpy is imported: see use_machine
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 import numpy as np
 
 import fourier_circuits as fc
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line."""
-
-    def parse_args(self, argv):
-        args = super().parse_args(argv)
-        for name, value in vars(args).items():
-            if value in ([], "--", "") and name != "runs":  # argparse makes [] or -- of --name=--
-                self.error(f"--{name} needs a value")
-        return args
-
-    def error(self, message):
-        complain(f"{self.prog}: {message}; see --help")
-        sys.exit(2)
-
-
-def complain(text):
-    """Print one line to stderr, if there is one."""
-    with contextlib.suppress(OSError):
-        if sys.stderr is not None:
-            print("".join(x if x.isprintable() else "?" for x in text), file=sys.stderr)
-
-
-def run_main(main):
-    """Run a script's main, and end as a program should: what the user can mend is one line on
-    stderr and exit code 2; 130 after Ctrl-C; 1, without a word, where nobody reads the output."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # our plots need more than a bare ASCII terminal has
-            stream.reconfigure(errors="replace")
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):  # the scripts look for them themselves
-            code = main(sys.argv[1:])
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        sys.exit(code)
-    except fc.BadInput as error:
-        problem, code = error, 2
-    except MemoryError:
-        problem, code = "out of memory; take a smaller k, p, batch or network", 2
-    except KeyboardInterrupt:
-        problem, code = "interrupted", 130
-    except OSError as error:
-        problem, code = error, 2
-        if error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):  # of the output
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-    complain(f"{os.path.basename(sys.argv[0])}: {problem}")
-    sys.exit(code)
-
 
 # ---- The report: what a trained network is and does, as numbers and as text ----------------------
 
@@ -77,48 +33,48 @@ def report(run):
     """All that is printed of a run, as a dict ready for JSON. Measured on all of D_p, but for the
     ablated networks and the untrained one, on at most 2^17 random inputs, and for grokking, which
     reads the history."""
-    config, params = run.config, run.params
-    k, p, model = config["k"], config["p"], config["model"]
-    first, whole = fc.new_run(config).params, fc.evaluate(fc.network_pieces(config, params))
+    config, model = run.config, fc.model_of(run.config)
+    k, p, most = config["k"], config["p"], model.pieces * fc.PIECE
+    network, first = fc.network_of(config, run.params), fc.new_run(config).params
+    answered, aligned = fc.one_pass(network, fc.all_inputs(k, p), fc.answers, fc.alignment,
+                                    most=most)
+    whole, (circuit, circuit_share) = fc.summary(answered), fc.whole_circuit(aligned)
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
-    rest = fc.without_circuit(fc.network_pieces(config, params, sample), whole["circuit"])
-    at_init = fc.evaluate(fc.network_pieces(config, first, sample))
-    return {**config, "step": run.step, "seconds": round(run.seconds, 2),
-            "train_accuracy": mean(whole["right"], run.train),
+    rest = fc.evaluate(fc.without_circuit(network, circuit), sample, most)
+    _, share_at_init = fc.circuit(fc.network_of(config, first), sample, most)
+    return {**copy.deepcopy(config), "step": run.step, "seconds": round(run.seconds, 2),
+            "train_inputs": len(run.index), "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
-            "circuit_share": whole["circuit_share"],
-            "circuit_share_at_init": at_init["circuit_share"],
-            "circuit_frequencies": fc.circuit_frequencies(whole["circuit"]),
-            "circuit_positive": int((np.fft.rfft(whole["circuit"])[1:].real > 0).sum()),
-            "accuracy_without_circuit": fc.evaluate(rest)["accuracy"],
-            **ABOUT[model](run, whole, first, sample)}
+            "circuit_share": circuit_share, "circuit_share_at_init": share_at_init,
+            "circuit_frequencies": fc.circuit_frequencies(circuit),
+            "accuracy_without_circuit": rest["accuracy"],
+            **ABOUT[config["model"]](run, whole, first, sample)}
 
 
 def mean(x, part):
+    """The mean of the part of x, or None where there is none."""
     return float(x[part].mean()) if part.any() else None
 
 
-def histogram(frequencies, p):  # how often each of 1 .. p // 2 is there
+def histogram(frequencies, p):  # -> [p // 2]
+    """How often each of 1 .. p // 2 is there."""
     return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
 
 
 def report_neurons(run, whole, first, sample):
-    """report's part on the MLP; margins are normalized."""
-    measures, before = fc.neuron_spectra(run.params), fc.neuron_spectra(first)["summary"]
-    params, live = run.params, measures["live"]
-    k, p, _ = params["u"].shape
-    kept, rest = (fc.evaluate(fc.mlp_pieces(part, sample, run.config["activation"]))["accuracy"]
+    """report's part on the MLP; the margin is normalized."""
+    config, params = run.config, run.params
+    measures, before = fc.neuron_spectra(params), fc.neuron_spectra(first)["summary"]
+    k, p, live = config["k"], config["p"], measures["live"]
+    kept, rest = (fc.evaluate(fc.network_of(config, part), sample)["accuracy"]
                   for part in fc.ablate(params))
     names = "max_normalized_power", "single_frequency_fraction", "frequencies_used"
-    theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio", "margin_bound_ratio",
-                            "efficiency"))
-    if run.config["activation"] == "power":
-        gamma, size = fc.max_margin(k, p), fc.norm(params) ** (k + 1) or 1
-        bound = fc.margin_bound(whole["circuit"])
-        theory = {"gamma_star": gamma, "margin": whole["margin"] / size,
-                  "margin_ratio": whole["margin"] / size / gamma,
-                  "margin_bound_ratio": bound / size / gamma,
-                  "efficiency": mean(fc.to_host(fc.efficiency(params)), live)}
+    theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio"))
+    if config["activation"] == "power":
+        gamma, margin = fc.max_margin(k, p), whole["margin"]
+        for _ in range(k + 1):  # one factor at a time, as no power overflows then
+            margin /= fc.norm(params) or 1
+        theory = {"gamma_star": gamma, "margin": margin, "margin_ratio": margin / gamma}
     return {**measures["summary"], **{f"{name}_at_init": before[name] for name in names},
             "phase_error": mean(measures["phase_error"], live),
             "frequency_histogram": histogram(measures["frequency"][measures["single"]], p),
@@ -134,8 +90,9 @@ def report_heads(run, whole, first, sample):
     (distinct) or not (collision)."""
     k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
-    kept, rest = (fc.evaluate((a, logits(a)) for a in fc.pieces(sample, 4 * fc.PIECE))["accuracy"]
-                  for logits in fc.ablate_heads(run.params))
+    most = fc.model_of(run.config).pieces * fc.PIECE
+    kept, rest = (fc.evaluate(network, sample, most)["accuracy"]
+                  for network in fc.ablate_heads(run.params))
     measures, before = fc.head_spectra(run.params), fc.head_spectra(first)
     noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]
     result = {}
@@ -159,8 +116,9 @@ def report_blocks(run, whole, first, sample):
     of them have 85% there, the mark of Nanda et al. 2023."""
     result = grokking(run.history)
     for ending, params in (("", run.params), ("_at_init", first)):
-        x = fc.transformer_neurons(params)
-        shares = fc.neuron_shares(x)[x.any(axis=tuple(range(x.ndim - 1)))]
+        shares, active = fc.neuron_shares(
+            lambda a: fc.transformer(params, a, hidden=True), run.config["k"], run.config["p"])
+        shares = shares[active]
         result |= {f"neurons_active{ending}": len(shares),
                    f"neuron_share{ending}": float(np.median(shares)) if len(shares) else 0.0,
                    f"neurons_single{ending}": int((shares > 0.85).sum())}
@@ -189,7 +147,6 @@ def grokking(history, level=0.99):
 CIRCUIT = """\
   circuit share        {circuit_share:.2%} of the logits' power, at init {circuit_share_at_init:.2%}
   its frequencies      {circuit_frequencies} of {frequencies_total} have 99% of it
-  Lemma F.2            f^(j,..,j,-j) > 0 at {circuit_positive} of {frequencies_total} frequencies
   without the circuit  {accuracy_without_circuit:.2%} are right; chance {chance:.2%}
 """
 NEURONS = """
@@ -200,16 +157,14 @@ NEURONS = """
   single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
 {single_frequency_fraction_at_init:.2%}
   max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}
-  phase error          {phase_error:.4f} mean |theta_1 + .. + theta_k - theta_w|
-  normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*; by the circuit at \
-most {margin_bound_ratio:.4f}
-  efficiency           {efficiency:.4f} a neuron, its class-weighted margin over gamma*
+  phase error          {phase_error:.4f} mean |phi_1 + .. + phi_k - phi_w|
+  normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*
   restricted accuracy  {restricted_accuracy:.2%} keeping only each neuron's own frequency
   excluded accuracy    {excluded_accuracy:.2%} keeping only the rest
   frequencies          {frequencies_used} of {frequencies_total} used, at init \
 {frequencies_used_at_init}; live single-frequency neurons of each:"""
 HEADS = """
-{k} numbers modulo {p}, {heads} heads of {d_head}, d_model {d_model}, seed {seed}
+{k} numbers modulo {p}, {heads} heads of {d_head}, d_model {d_model}, {trained}, seed {seed}
   accuracy             train {train_accuracy:.2%}, held-out orbits {fresh_accuracy:.2%}
   of the held-out      keys distinct {distinct_accuracy:.2%}, collisions {collision_accuracy:.2%}
 """ + CIRCUIT + """\
@@ -226,7 +181,7 @@ HEADS = """
 over half of all three powers there:"""
 BLOCKS = """
 {k} numbers modulo {p}, blocks: {layers}, with {heads} heads of {d_head}, d_model {d_model}, \
-d_ff {d_ff}, seed {seed}
+d_ff {d_ff}, {trained}, seed {seed}
   accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
 """ + CIRCUIT + """\
   neurons at the end   {neurons_active} of {d_ff} active, {neurons_single} of them single (> 85%)
@@ -269,8 +224,7 @@ def bars(x, low=None):
 def print_report(r):
     """Print what report(run) measured."""
     text = {"mlp": NEURONS, "attention": HEADS, "transformer": BLOCKS}[r["model"]]
-    trained = [name for name in ("fast", "max_margin") if r.get(name)] or ["textbook AdamW"]
-    print(Text().format(text, **r, chance=1 / r["p"], trained=trained[0].replace("_", "-")))
+    print(Text().format(text, **r, chance=1 / r["p"], trained=trained(r)))
     counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
@@ -279,21 +233,42 @@ def print_report(r):
         print(f"  note: {advice(r)}")
 
 
+def trained(r):
+    """By what rule a run was trained, in words."""
+    if r["model"] == "attention":
+        return "AdamW with gated decay"
+    if r["model"] == "transformer":
+        return "AdamW with clipping"
+    if r["max_margin"]:
+        return "maximum-margin training"
+    if not r["control_variate"]:
+        return "textbook AdamW"
+    equal = f", equal sizes for {r['equal']:.0%} of the steps" if r["equal"] else ""
+    return f"AdamW with a control variate{equal}"
+
+
 def advice(r):
-    """What helps where plain training of an MLP falls short, by what its report sees, or None."""
-    if r["model"] != "mlp" or r["fast"] or r["max_margin"]:
-        return None
+    """What may help where a finished training of an MLP falls short, by what its report sees, or
+    None."""
     train, test = r["train_accuracy"], r["test_accuracy"]
-    fast = "" if r["activation"] == "relu" else ", or --fast"
-    if train < 1 / r["p"] + 0.05:
-        return ("nothing was learned: at a large k most of a batch's gradient is noise; a larger "
-                f"--batch helps (k=4 p=47 needs 16384){fast}")
-    if train < 0.99:
-        return f"training accuracy is not there yet: more --steps or a larger --batch help{fast}"
-    if test is not None and train - test > 0.1:
-        return ("training inputs are known far better than the others: more --steps, a larger "
-                f"--train-fraction or a larger p help{fast}")
-    return None
+    if r["model"] != "mlp" or r["max_margin"] or r["step"] < r["steps"]:
+        return None
+    if train >= 0.99 and (test is None or train - test <= 0.1):
+        return None
+    if r["lr"] == 0:
+        return "nothing was learned, as --lr is 0"
+    ways = ["more --steps"]
+    if train >= 0.99:
+        reason = "training inputs are known far better than the others"
+        ways += ["a larger --train-fraction", "a larger p"]
+    else:
+        learned = train > 1 / r["p"] + 0.05
+        reason = "training accuracy is not there yet" if learned else "nothing was learned"
+        ways += ["a larger --batch"] if r["batch"] < r["train_inputs"] else []
+        ways += ["a smaller --weight-decay"] if r["weight_decay"] > 1 else []
+    if r["activation"] == "power" and not r["control_variate"]:
+        ways += ["--control-variate"]
+    return f"{reason}; what may help: {', '.join(ways)}"
 
 
 def group_runs(runs):
@@ -369,6 +344,7 @@ def print_theory(k, p):
               f"  {'':40s} {'measured':>22s} {'theorem':>22s}  relative error")
         for what, got, wanted, error in fc.theory_check(params):
             print(f"  {what:40s} {got:22.15e} {wanted:22.15e}  {error:.1e}")
+
 
 # ---- Figures: one style, two colours -------------------------------------------------------------
 
@@ -468,9 +444,9 @@ def draw_mlp(run):
         for x, spectrum, (weights, power) in zip(vectors, spectra, axes):
             weights.plot(x, "o", ms=3, color=colour)
             power.bar(zeta + shift, spectrum / spectrum.sum(), 0.4, color=colour)
-    waves = np.fft.rfft(vectors) * (zeta == measures["frequency"][one])
-    for j, (wave, (weights, power)) in enumerate(zip(waves, axes)):
-        weights.plot(np.arange(20 * p) / 20, np.fft.irfft(wave, 20 * p) * 20, lw=0.7, color=AFTER)
+    t = np.arange(20 * p) / 20  # between the numbers 0 .. p-1, too
+    for j, (x, (weights, power)) in enumerate(zip(vectors, axes)):
+        weights.plot(t, cosine_at(x, measures["frequency"][one], t), lw=0.7, color=AFTER)
         weights.set(ylabel=f"$u_{j + 1}$" if j < k else "$w$", yticks=(-1, 0, 1))
         power.set(ylim=(0, 1), yticks=(0, 1))
     axes[0, 0].set_title(f"neuron {one}: each vector over its largest entry")
@@ -481,6 +457,13 @@ def draw_mlp(run):
     draw_shares(power, fc.neuron_spectra(first.params)["shares"], measures["shares"][:, live],
                 "maximum normalized power of all $u_1 .. u_k, w$")
     return figure, last
+
+
+def cosine_at(x, zeta, t):  # [p], a frequency, [..] -> [..]
+    """The part of x with the frequency zeta, as a function of any real numbers t."""
+    p = len(x)
+    coefficient = np.fft.rfft(x)[zeta] * (1 if 2 * zeta == p else 2) / p
+    return (coefficient * np.exp(2j * np.pi * zeta * t / p)).real
 
 
 def draw_attention(run, count=4):
@@ -527,54 +510,161 @@ def draw_groups(groups, directory, name="grokking"):
     save_figure(figure, directory, name)
 
 
+# ---- The command ---------------------------------------------------------------------------------
+
+
 def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN.npz", help="run files of train.py")
-    add("--json", action="store_true", help="print the report as JSON, nothing else")
-    add("--figures", metavar="DIR",
-        help="draw PNG files into DIR; a single run's report is printed only with --json")
+    add("--json", action="store_true", help="print the reports as JSON, nothing else")
+    add("--figures", metavar="DIR", help="draw PNG files into DIR instead of printing reports")
     add("--theory", action="store_true",
         help="check the max-margin networks of --k and --p on all p^k inputs")
     add("--k", type=int, help="of --theory, default 3")
     add("--p", type=int, help="of --theory, default 23")
-    add("--device", choices=("cpu", "gpu"), default="cpu", help="default cpu")
+    add_machine(parser)
     args = parser.parse_args(argv)
     if args.theory == bool(args.runs) or args.theory and (args.json or args.figures):
         parser.error("give either run files, with --json or --figures, or --theory alone")
     if args.runs and (args.k, args.p) != (None, None):
         parser.error("--k and --p are for --theory; a run has its own")
-    fc.use_device(args.device)
+    use_machine(args.device, args.threads)
     if args.theory:
         print_theory(3 if args.k is None else args.k, 23 if args.p is None else args.p)
         return 0
     with drawing() if args.figures else contextlib.nullcontext():
-        look(args)
+        runs = {path: fc.load_run(path) for path in args.runs}
+        if len(runs) < len(args.runs):
+            raise fc.BadInput("the same run is given twice; give it once")
+        if args.figures:
+            draw_runs(runs, args.figures)
+    if args.json:
+        print_json(runs)
+    elif not args.figures:
+        print_runs(runs)
     return 0
 
 
-def look(args):
-    """Print and draw what is asked for of the runs."""
-    runs = [fc.load_run(path) for path in args.runs]
-    run, several = runs[0], len(runs) > 1
-    blocks = several and all(run.config["model"] == "transformer" for run in runs)
-    for path, each in zip(args.runs, runs) if args.figures and not blocks else ():
-        draw(each, os.path.splitext(os.path.basename(path))[0], args.figures)
-    if args.figures and not several and not args.json:
-        return
-    groups = group_runs(runs) if blocks else {}
-    if args.figures and groups:
-        draw_groups(groups, args.figures)
-    reports = [report(run) for run in runs] if args.json or not groups else []
-    if args.json:
-        print(json.dumps(reports if several else reports[0], indent=2))
-    elif groups:
-        print_groups(groups)
-    else:
-        for each in reports:
-            print_report(each)
-        if not several and run.config["model"] == "mlp":
+def are_blocks(runs):
+    """Whether these are several runs {path: run} and all of them transformers."""
+    return len(runs) > 1 and all(run.config["model"] == "transformer" for run in runs.values())
+
+
+def print_json(runs):
+    """The report of a run {path: run}, or the list of several, each with its file."""
+    reports = [report(run) for run in runs.values()]
+    if len(runs) > 1:
+        reports = [{"file": path, **each} for path, each in zip(runs, reports)]
+    print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2))
+
+
+def print_runs(runs):
+    """The reports of runs {path: run}; of several transformers a table instead, of a single MLP
+    also some neurons."""
+    if are_blocks(runs):
+        return print_groups(group_runs(list(runs.values())))
+    for path, run in runs.items():
+        if len(runs) > 1:
+            print(f"\n{path}")
+        print_report(report(run))
+        if len(runs) == 1 and run.config["model"] == "mlp":
             print_neurons(run)
+
+
+def draw_runs(runs, directory):
+    """A figure of each run {path: run}, named after its file; of several transformers a single one.
+
+    Raises BadInput if two of them have the same name."""
+    if are_blocks(runs):
+        return draw_groups(group_runs(list(runs.values())), directory)
+    names = [os.path.splitext(os.path.basename(path))[0] for path in runs]
+    for name in names:
+        if [x.lower() for x in names].count(name.lower()) > 1:  # some disks take A and a for one
+            raise fc.BadInput(f"several of these runs would be drawn to {name}.png; draw them one "
+                              "by one into different directories")
+    for name, run in zip(names, runs.values()):
+        draw(run, name, directory)
+
+
+# ---- A command's flags, and its end --------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def parse_args(self, argv):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if value in ([], "--", "") and name != "runs":  # argparse makes [] or -- of --name=--
+                self.error(f"--{name} needs a value")
+        return args
+
+    def error(self, message):
+        complain(f"{self.prog}: {message}; see --help")
+        sys.exit(2)
+
+
+BLAS_THREADS = "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"
+
+
+def add_machine(parser):
+    """The flags that say where to compute."""
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default cpu")
+    parser.add_argument("--threads", type=int, default=None, help="how many threads of the CPU "
+                        "compute; the results do not depend on it; default: one for each core")
+
+
+def use_machine(device, threads):
+    """Compute on this device with so many threads. None: as many as this process may use cores; but
+    1 on a GPU, and 1 where BLAS takes more than one thread, because the user says so in the
+    environment or because this is not our program."""
+    fc.use_device(device)
+    blas = {os.environ.get(name) for name in BLAS_THREADS}
+    if threads is None:
+        threads = cores() if device == "cpu" and blas == {"1"} else 1
+    fc.use_threads(threads)
+
+
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def complain(text):
+    """Print one line to stderr, if there is one."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print("".join(x if x.isprintable() else "?" for x in text), file=sys.stderr)
+
+
+def run_main(main):
+    """Run a script's main, and end as a program should: what the user can mend is one line on
+    stderr and exit code 2; 130 after Ctrl-C; 1, without a word, where nobody reads the output."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # our plots need more than a bare ASCII terminal has
+            stream.reconfigure(errors="replace")
+    warnings.simplefilter("ignore", RuntimeWarning)  # the scripts look for overflow themselves
+    try:
+        code = main(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(code)
+    except fc.BadInput as error:
+        problem, code = error, 2
+    except MemoryError:
+        problem, code = "out of memory; take a smaller k, p, batch or network", 2
+    except KeyboardInterrupt:
+        problem, code = "interrupted", 130
+    except OSError as error:
+        problem, code = error, 2
+        if error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):  # of the output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+    complain(f"{os.path.basename(sys.argv[0])}: {problem}")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -7,60 +7,72 @@ such network, the one of largest normalized margin, consists of neurons that are
 frequency each. It observes that training finds just these neurons, and that the attention matrices
 of transformers become two-dimensional cosines.
 
-The sections. Each uses what stands above it; only the class Run, a training run with its settings,
-weights and moments, is defined in the last. To go from Eq. 2 to a trained neuron to the theorem
-read from "data" to "the best"; the training step itself is train_step in "runs", and the loop over
-the steps is in train.py. "attention" and "transformer" can be read without "the best" and "faster".
-Functions that nothing here calls serve train.py and analyze.py.
+The file is one thread, from the network to its training, to what training finds and why:
 
-    arrays         use_device, to_host
-    data           all_inputs, labels, split                                           Eq. 1
-    network        power, relu, cross_entropy; init_mlp, mlp, mlp_pieces               Eq. 2
-    learning       adamw, learning_rate, mlp_settings; loss_and_gradients
-    what is found  neuron_spectra, ablate; evaluate               Section 4; Figures 1, 2, 5-8
-    the best       norm, max_margin, margin_bound, efficiency     Theorem 4.1, Lemmas 4.2, F.2
-    theory         paper_network, rotated_network, theory_check   Lemmas 4.3, E.1, E.3
-    faster         mlp_with_control_variate, fast_settings        beyond the paper
-    max. margin    max_margin_settings                            Lemma 3.7
-    attention      head_circuits, attend, attention; head_spectra      Figures 3, 9, 10
-    transformer    layernorm, self_attention, transformer         Figure 4
-    runs           complete, new_run, train_step, progress, save_run, load_run
+Part 1, the paper
+    arrays                numpy or cupy, inputs in pieces, threads
+    data                  D_p, its labels, a split                                      Eq. 1
+    the network           mlp, its first weights, cross-entropy                         Eq. 2
+    learning              adamw, Run, plain_step: the whole training algorithm
+    what training finds   neuron_spectra, ablate, evaluate, circuit    Section 4; Figures 1, 2, 5-8
+    the best network      norm, max_margin, why neurons are cosines    Theorem 4.1, Lemmas 4.2, F.2
+    the constructions     paper_network, rotated_network, theory_check       Lemmas 4.3, E.1, E.3
+    the maximum margin by training                                                      Lemma 3.7
+Part 2, the paper's transformers
+    one layer of attention                                                       Figures 3, 9, 10
+    whole blocks                                                                        Figure 4
+Part 3, beyond the paper
+    the control variate, even p
+Part 4, without mathematics
+    settings, run files
 
-Letters
-    p, k     the modulus; how many numbers        a, y     inputs [n, k], labels [n]
-    m, n     neurons, inputs in a batch           u, w     a neuron's u_1 .. u_k, w, p numbers each
-    D_p      all p^k inputs                       z, h     before and after the activation [n, m]
-    c        a class                              zeta     a frequency, 1 .. p // 2
-    H, e     heads and their width                gamma*   the largest normalized margin
-    d, f     width of a state, of a block's MLP   S, OV    what heads attend to, what they write
-             (f(a)[c] with arguments: a logit)
-    theta    all weights; theta_i those of neuron i; in a cosine its phase, as in the paper
-    f^, u^_1 the DFT, where ^ stands directly after f, f~, u, w or x; elsewhere it is a power
-    f~, w~   f and w less their means over the classes
-    h, j, s, t, v, x mean different things in different functions, which say what.
+Letters that run through the file
+    p, k      the modulus; how many numbers are added
+    D_p       all p^k inputs
+    a, y      inputs [n, k] and their right classes [n]
+    c         a class
+    m         neurons
+    theta     all weights, in code the dict params; theta_i are those of neuron i
+    u, w      a neuron's vectors u_1 .. u_k and w, of p numbers each
+    f         the network; f(a)[c] is a logit, and f~ is f less its mean over the classes
+    zeta      a frequency, 1 .. (p-1)/2
+    phi       the phase of a cosine (theta with an index in the paper)
+    gamma*    the largest normalized margin that a network can have
+A capital U_1, W or F is the DFT of u_1, w or f, and x^k is a power.
 
-A layer is a function out, backward = layer(x, ..). Its backward(dout) takes the gradient of the
-loss with respect to out and returns those with respect to the layer's weights and states; the
-backward of the loss itself takes nothing. A gradient is called d + the name.
+A layer is a function y, backward = layer(x, ..). Its backward takes the gradient of the loss with
+respect to y, which is called dy, and returns the gradients with respect to the layer's arguments,
+in their order. The backward of a whole network returns a dict like params.
 """
 
+import collections
 import contextlib
+import contextvars
+import copy
 import itertools
 import json
 import math
 import numbers
 import os
 import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+
+# ==================================================================================================
+# Part 1: the paper
+# ==================================================================================================
+
 
 # ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
 
 xp = np
-PIECE = 256  # inputs that a network sees at a time, see pieces; use_device sets it
+PIECE = 256  # inputs that a network sees at a time: what it computes of them stays in the cache
+THREADS = 1  # how many pieces are computed at the same time
 MAX_BYTES = 2**31  # of all inputs, and of the weights with their gradients and AdamW's moments
-TINY = 1e-30  # the smallest denominator: all-zero weights have a share of 0, not of 0/0
 
 
 class BadInput(ValueError):
@@ -70,10 +82,12 @@ class BadInput(ValueError):
 def use_device(device):
     """Let all arrays live on the "cpu" (numpy) or on the "gpu" (cupy). Returns the device.
 
-    Raises BadInput if a GPU is asked for and cannot be used, with the reason."""
+    Raises BadInput for another device, or if there is no GPU that can be used, with the reason."""
     global xp, PIECE
+    if device not in ("cpu", "gpu"):
+        raise BadInput(f"device must be cpu or gpu, not {device!r}")
     xp, PIECE = np, 256
-    if device != "cpu":
+    if device == "gpu":
         try:
             import cupy
             cupy.zeros(1)  # fails without a driver or a device
@@ -87,6 +101,43 @@ def use_device(device):
 def to_host(x):
     """A numpy array with the same numbers."""
     return x if isinstance(x, np.ndarray) else xp.asnumpy(x)
+
+
+def use_threads(n):
+    """Let n threads take the pieces of inputs (over_pieces); it is 1 unless asked. Returns n.
+
+    numpy lets go of Python's lock while it computes, so that as many cores work. BLAS should have
+    one thread then: two of each are twice as slow as one. BLAS reads OPENBLAS_NUM_THREADS and the
+    like when numpy is imported, so this is for whoever starts Python; train.py does it. As the
+    pieces are the same for any n, so is every bit of what is computed. Raises BadInput unless n is
+    a whole number from 1 to 1024."""
+    global THREADS
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool) or not 1 <= n <= 1024:
+        raise BadInput(f"threads must be a whole number from 1 to 1024, not {n!r}")
+    THREADS = int(n)
+    return THREADS
+
+
+def over_pieces(function, a, most=None):
+    """Yields function(piece) for the inputs a [n, k] in pieces of `most` inputs, in their order; as
+    many at a time as use_threads says, on a CPU.
+
+    The default is PIECE: the logits of k=4 p=47 take a quarter less time with 256 inputs at a time
+    than with 1024, because what is computed of a piece stays in a CPU's cache."""
+    most = most or PIECE
+    pieces = (a[start:start + most] for start in range(0, len(a), most))
+    if THREADS == 1 or len(a) <= most or xp is not np:
+        yield from map(function, pieces)
+        return
+    waiting = collections.deque()  # not all pieces at once, as their results need memory
+    with ThreadPoolExecutor(THREADS) as pool:
+        for piece in pieces:
+            if len(waiting) == 2 * THREADS:
+                yield waiting.popleft().result()
+            context = contextvars.copy_context()  # np.errstate holds in the threads, too
+            waiting.append(pool.submit(context.run, function, piece))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # ---- Data: D_p, all p^k inputs with their sums modulo p (Eq. 1) ----------------------------------
@@ -107,13 +158,17 @@ def check_size(k, p, m=1):
 
 def digits(index, k, p):  # [n] -> [n, k]
     """The inputs with these indices in all_inputs: their digits in base p, a_k the last."""
-    return index[:, None] // p ** np.arange(k - 1, -1, -1) % p
+    a = index[:, None] // p ** np.arange(k - 1, -1, -1)
+    a %= p
+    return a
 
 
 def all_inputs(k, p):
     """All of D_p (Eq. 1), int [p^k, k], a_k running fastest. Raises BadInput if it is too large.
 
-    all_inputs(2, 3) -> [[0, 0], [0, 1], [0, 2], [1, 0], .. [2, 2]]"""
+    >>> all_inputs(2, 3).tolist()
+    [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
+    """
     check_size(k, p)
     return digits(np.arange(p**k), k, p)
 
@@ -123,12 +178,24 @@ def labels(a, p):  # [n, k] -> [n]
     return a.sum(axis=1) % p
 
 
+def orbits(k, p, count):  # -> int [p^k], on the host
+    """The orbit of each input of D_p: the inputs that differ from it only in the order of their
+    first `count` numbers. An orbit is named by the index of its member whose numbers are sorted.
+
+    >>> orbits(2, 3, 2).tolist()  # [1, 0], at index 3, is in the orbit of [0, 1], at index 1
+    [0, 1, 2, 1, 4, 5, 2, 5, 8]
+    """
+    a = all_inputs(k, p)
+    a[:, :count].sort(axis=1)
+    return a @ p ** np.arange(k - 1, -1, -1)
+
+
 def split(k, p, fraction, rng, orbit=None):
     """A random part of D_p to train on: bool [p^k] on the host, True for this fraction of D_p.
 
-    orbit: int [p^k], a group for each input, such as orbits gives; then it is this fraction of the
-    groups that is drawn, each as a whole. rng: a numpy Generator. Raises BadInput if the fraction
-    is outside (0, 1] or selects nothing."""
+    orbit: int [p^k], a group for each input, such as orbits gives; then this fraction of the groups
+    is drawn, each as a whole. rng: a numpy Generator. Raises BadInput if the fraction is outside
+    (0, 1] or selects nothing."""
     check_size(k, p)
     orbit = np.arange(p**k) if orbit is None else orbit
     groups = np.unique(orbit)
@@ -139,27 +206,21 @@ def split(k, p, fraction, rng, orbit=None):
     return np.isin(orbit, rng.permutation(groups)[:count])
 
 
-def orbits(k, p, count):  # -> int [p^k], on the host
-    """The orbit of each input. Two inputs are in one orbit if they differ only in the order of
-    their first `count` numbers. It is named by the index of its member in which these are sorted.
-
-    orbits(2, 3, 2) -> [0, 1, 2, 1, 4, 5, 2, 5, 8]: [1, 0] is in the orbit of [0, 1], which is 1."""
-    a = digits(np.arange(p**k), k, p)
-    a[:, :count].sort(axis=1)
-    return a @ p ** np.arange(k - 1, -1, -1)
+# ---- The network: f(a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2) -----------
+# A neuron gives the number a_j the value u_j(a_j), and the class c the weight w(c).
 
 
-def pieces(a, most):  # [n, k] -> [[n', k], ..]
-    """The inputs in pieces of at most n' = most: what a network computes of a piece should stay in
-    a CPU's cache; but each piece costs Python's time. The logits of k=4 p=47 take a quarter less
-    time with 256 than with 1024."""
-    return [a[start:start + most] for start in range(0, len(a), most)]
+def modulo(a, p, k=None):  # [n, k] -> [n, k]
+    """The inputs modulo p. Raises BadInput unless they are an array of whole numbers, with k for
+    each input (None: any number of them)."""
+    a = np.asarray(a)
+    if a.ndim != 2 or a.dtype.kind not in "iu" or k not in (None, a.shape[1]):
+        raise BadInput(f"inputs must be whole numbers, an array [n, {k or 'k'}], not {a.dtype} "
+                       f"{list(a.shape)}")
+    return a % p
 
 
-# ---- The network: f(theta, a)[c] = sum_i (u_{i,1}(a_1) + .. + u_{i,k}(a_k))^k w_i(c)  (Eq. 2) ----
-
-
-def power(z, k):  # [n, m] -> [n, m]
+def kth_power(z, k):  # [n, m] -> [n, m]
     """h = z^k, by products: numpy's z**k takes about ten times as long for k > 2."""
     below = z
     for _ in range(k - 2):
@@ -172,7 +233,7 @@ def power(z, k):  # [n, m] -> [n, m]
 
 
 def relu(z):  # [n, m] -> [n, m]
-    """h = max(z, 0), the other activation of Morwani et al. 2024 (arXiv 2311.07568)."""
+    """h = max(z, 0)."""
     def backward(dh):
         return dh * (z > 0)
 
@@ -180,14 +241,15 @@ def relu(z):  # [n, m] -> [n, m]
 
 
 def mlp(params, a, activation="power"):  # [n, k] -> [n, p]
-    """The network of Eq. 2 on inputs a: params are u [k, p, m] and w [m, p]; activation "power"
-    (z^k) or "relu".
+    """The logits of the network of Eq. 2 for inputs a. params: u [k, p, m] and w [m, p].
 
-    -> logits, backward(dlogits) -> {"u": du, "w": dw}."""
+    activation: "power" is z^k; "relu" is the other one that Morwani et al. 2024 study (arXiv
+    2311.07568). -> logits, backward(dlogits) -> {"u": du, "w": dw}."""
     u, w = params["u"], params["w"]
     k, p, m = u.shape
+    a = modulo(a, p, k)
     z = sum(u[j][a[:, j]] for j in range(k))
-    h, activation_backward = power(z, k) if activation == "power" else relu(z)
+    h, activation_backward = kth_power(z, k) if activation == "power" else relu(z)
 
     def backward(dlogits):
         # logits = h w
@@ -201,13 +263,9 @@ def mlp(params, a, activation="power"):  # [n, k] -> [n, p]
     return h @ w, backward
 
 
-def mlp_pieces(params, a=None, activation="power"):
-    """mlp on inputs a [n, k], or on all of D_p in order (None), in pieces.
-
-    Yields (inputs, logits, backward) of each piece."""
-    k, p, _ = params["u"].shape
-    for piece in pieces(all_inputs(k, p) if a is None else a, PIECE):
-        yield piece, *mlp(params, piece, activation)
+def relu_mlp(params, a):  # [n, k] -> [n, p]
+    """mlp with the activation max(z, 0)."""
+    return mlp(params, a, "relu")
 
 
 def gaussian(sizes, rng, dtype):
@@ -223,7 +281,7 @@ def init_mlp(rng, k, p, m, init_std, dtype="float32", **_):
 
 
 def cross_entropy(logits, y):  # [n, p], [n] -> scalar
-    """Mean of -log softmax(logits)[y]; backward() -> (softmax - onehot) / n."""
+    """Mean of -log softmax(logits)[y]; backward() -> dlogits = (softmax - onehot) / n."""
     n, each = len(y), np.arange(len(y))
     x = logits - logits.max(axis=1, keepdims=True)
     exp = xp.exp(x)
@@ -242,18 +300,17 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
 
 def mlp_settings(k=3, p=23, m=None, activation="power", **_):
     """The settings by which an MLP trains, a dict: the same for all k and p, but for the width m.
-    They are enough at k=3 p=23; larger sizes need more steps, k=4 and 5 also a larger batch.
 
-    Learning rate, betas, batch and warm-up are the paper's. The others were chosen on seeds from
-    100 up, so that none was fitted to the reported seeds 0, 1, 2 ..: init_std; weight_decay, which
-    makes each neuron drop all frequencies but one (with 0.3 most stay mixed at k=3 p=97); hold, the
-    share of the steps before the learning rate begins to fall. While it falls, a neuron loses what
-    is left of its other frequencies."""
+    Learning rate, betas, batch and warm-up are the paper's. The others are ours. init_std: first
+    weights a few times larger memorize. weight_decay: it makes each neuron drop all frequencies but
+    one; without it most stay mixed. hold: the share of the steps before the learning rate begins to
+    fall; while it falls, a neuron loses what is left of other frequencies. These settings are
+    enough at k=3 p=23; larger sizes need more steps, and k = 4 and 5 also a larger batch."""
     m = 2 ** (2 * k - 2) * (p - 1) if m is None else m  # the width of paper_network
     check_size(k, p, m)
-    return {"k": k, "p": p, "m": m, "activation": activation, "fast": False, "max_margin": False,
-            "split": "random", "train_fraction": 0.5, "steps": 2000, "batch": 1024, "lr": 0.005,
-            "init_std": 0.1, "hold": 0.5, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 1}
+    return {"k": k, "p": p, "m": m, "activation": activation, "split": "random",
+            "train_fraction": 0.5, "steps": 2000, "batch": 1024, "lr": 0.005, "init_std": 0.1,
+            "hold": 0.5, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 1}
 
 
 def learning_rate(config, step):
@@ -261,24 +318,6 @@ def learning_rate(config, step):
     from the share "hold" of all steps on it falls linearly to 0."""
     warm, done = min(1, (step + 1) / 10), step / config["steps"]
     return config["lr"] * warm * min(1, max(0, 1 - done) / (1 - config["hold"]))
-
-
-def loss_and_gradients(parts, n):
-    """Mean cross-entropy over n inputs, which come in pieces (inputs, logits, backward), and its
-    gradients. -> loss, {name: gradient}, doubt.
-
-    doubt is the mean probability of all wrong classes together, 1 - softmax[y]; only fast_step
-    uses it."""
-    loss, doubt, grads = 0, 0, {}
-    for a, logits, backward in parts:
-        y, share = labels(a, logits.shape[1]), len(a) / n
-        piece_loss, loss_backward = cross_entropy(logits, y)
-        dlogits = share * loss_backward()
-        loss = loss + share * piece_loss
-        doubt = doubt - dlogits[np.arange(len(a)), y].sum()  # there it is (softmax - 1) / n
-        for name, d in backward(dlogits).items():
-            grads[name] = grads.get(name, 0) + d
-    return loss, grads, doubt
 
 
 def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8):
@@ -297,10 +336,71 @@ def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8)
         x -= lr / (1 - beta1**step) * mean / (root + eps)
 
 
+class Model(NamedTuple):
+    """What is trained, and how. MODELS holds one for each kind of training."""
+    settings: Callable  # some settings -> all settings, a dict
+    init: Callable  # rng, settings -> first weights
+    network: Callable  # params, a -> logits, backward
+    measures: Callable  # params -> Fourier measures of the weights, a dict with a "summary"
+    step: Callable  # run -> None: one step of training, see train_step
+    symmetric: bool = False  # whether the network cannot see the order of a_1 .. a_{k-1}
+    pieces: int = 1  # how many PIECEs it should see at a time
+
+
+MODELS = {}  # each is entered at the end of its section
+
+
+def model_of(config):
+    """The Model that these settings train."""
+    for kind in ("max_margin", "control_variate"):
+        if config.get(kind):
+            return MODELS[kind]
+    return MODELS["relu" if config.get("activation") == "relu" else config["model"]]
+
+
+@dataclass(eq=False)
+class Run:
+    """A training run: all that its file holds, and so all that its next step depends on. It has its
+    own copy of the settings. index: the indices of the inputs to train on (see digits)."""
+    config: dict
+    params: dict
+    first: dict  # AdamW's moments
+    second: dict
+    train: np.ndarray  # bool [p^k], see split
+    loss: np.ndarray  # of the batch before, one number
+    step: int = 0
+    seconds: float = 0.0
+    history: list = field(default_factory=list)  # one dict per line of progress
+
+    def __post_init__(self):
+        self.config = copy.deepcopy(self.config)
+        k, p, train = self.config["k"], self.config["p"], self.train
+        if model_of(self.config).symmetric:  # one input of each orbit is enough
+            train = train & (orbits(k, p, k - 1) == np.arange(p**k))
+        self.index = np.flatnonzero(train)
+
+
 def stream(config, *use):
     """A random generator of its own for each use: 0 is the split; 1 the first weights; 2, step the
     batch of a step; 3 the inputs of a line of progress."""
     return np.random.default_rng(np.random.SeedSequence(config["seed"], spawn_key=use))
+
+
+def new_run(config):
+    """A run at step 0, with the settings of complete."""
+    k, p, model, orbit = config["k"], config["p"], model_of(config), None
+    if config["split"] == "orbits":
+        orbit = orbits(k, p, k - 1 if model.symmetric else k)
+    train = split(k, p, config["train_fraction"], stream(config, 0), orbit)
+    params = model.init(stream(config, 1), **config)
+    moments = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
+    return Run(config, params, *moments, train, xp.asarray(np.array(math.inf, config["dtype"])))
+
+
+def network_of(config, params):
+    """The network with these weights as a function: inputs a -> logits, backward."""
+    network = model_of(config).network
+    return lambda a: network(params, a)
 
 
 def sample_inputs(index, k, p, rng, most=2**17):
@@ -312,38 +412,89 @@ def sample_inputs(index, k, p, rng, most=2**17):
 
 
 def next_batch(run):
-    """The inputs of the next step of a run (see Run): random ones of its training part, whose
-    indices are run.index, or all if they are no more than the batch."""
+    """The inputs of the next step: random ones of the training part, or all of them if they are no
+    more than the batch."""
     config = run.config
     return sample_inputs(run.index, config["k"], config["p"], stream(config, 2, run.step),
                          config["batch"])
 
 
-def update(run, grads, lr, weight_decay):
+def loss_and_gradients(network, a, most=None):
+    """Mean cross-entropy on inputs a and its gradients, in pieces of `most` inputs (over_pieces).
+
+    network: a function of inputs, see network_of. -> loss, {name: gradient}."""
+    def of_piece(piece):
+        logits, backward = network(piece)
+        loss, loss_backward = cross_entropy(logits, labels(piece, logits.shape[1]))
+        share = len(piece) / len(a)
+        return share * loss, backward(share * loss_backward())
+
+    loss, grads = 0, {}
+    for piece_loss, piece_grads in over_pieces(of_piece, a, most):
+        loss = loss + piece_loss
+        for name, d in piece_grads.items():
+            grads[name] = grads[name] + d if name in grads else d
+    return loss, grads
+
+
+def update(run, loss, grads, weight_decay):
     """Let AdamW take a run one step on, with these gradients."""
+    config, lr = run.config, learning_rate(run.config, run.step)
     run.step += 1
-    adamw(run.params, grads, run.first, run.second, run.step, lr, weight_decay,
-          run.config["betas"], run.config["eps"])
+    run.loss = xp.asarray(loss)
+    adamw(run.params, grads, run.first, run.second, run.step, lr, weight_decay, config["betas"],
+          config["eps"])
+
+
+def plain_step(run):
+    """One step of textbook training: a random batch, the gradient of its mean cross-entropy, AdamW.
+
+    This is the whole algorithm. The loop over the steps, which only calls train_step, and prints
+    and saves now and then, is in train.py."""
+    a = next_batch(run)
+    loss, grads = loss_and_gradients(network_of(run.config, run.params), a)
+    update(run, loss, grads, run.config["weight_decay"])
+
+
+def train_step(run):
+    """One step of training, in place, as the run's model and settings ask: plain_step for the MLP
+    by itself."""
+    model_of(run.config).step(run)
 
 
 # ---- What training finds: Fourier analysis of the weights (Section 4), on the host ---------------
-# numpy's sign: x^(j) = sum_a x(a) e^(-2 pi i j a/p), so that A cos(theta + 2 pi zeta a/p) has
-# theta = arg x^(zeta).
+# numpy's sign: X(j) = sum_a x(a) e^(-2 pi i j a/p), so that A cos(phi + 2 pi zeta a/p) has
+# phi = arg X(zeta). What is measured does not depend on the scale of the weights.
 
 
 def power_spectrum(x):  # [.., p] -> [.., p // 2 + 1]
-    """|x^(j)|^2 for j = 0 .. p // 2, conjugate pairs folded, so that the sum is that of all p."""
+    """|X(j)|^2 for j = 0 .. p // 2, with the equal power of -j counted in.
+
+    >>> power_spectrum(np.array([3.0, 0.0, 0.0])).round(9).tolist()
+    [9.0, 18.0]
+    """
     x, p = to_host(x), x.shape[-1]
     j = np.arange(p // 2 + 1)
-    fold = 2 - ((j == 0) | (2 * j == p)).astype(x.dtype)  # the mean and Nyquist have no partner
+    fold = 2 - ((j == 0) | (2 * j == p)).astype(x.dtype)  # these two are their own partners
     return fold * np.abs(np.fft.rfft(x)) ** 2
+
+
+def normalized(x, axis=-1):
+    """x divided by its largest size along these axes; zeros stay zeros."""
+    size = np.abs(x).max(axis=axis, keepdims=True)
+    return x / np.where(size > 0, size, 1)
 
 
 def max_normalized_power(x):  # [.., p] -> [..]
     """The share of all power, that of the mean included, which the strongest frequency zeta >= 1
-    has; 1 for a cosine."""
-    spectrum = power_spectrum(x)
-    return spectrum[..., 1:].max(axis=-1) / np.maximum(spectrum.sum(axis=-1), TINY)
+    has; 0 for a vector of zeros.
+
+    >>> cosine = np.cos(2 * np.pi * 3 * np.arange(11) / 11 + 0.5)
+    >>> max_normalized_power(np.array([cosine, cosine + 1])).round(6).tolist()
+    [1.0, 0.333333]
+    """
+    spectrum = power_spectrum(normalized(to_host(x).astype("float64")))
+    return spectrum[..., 1:].max(axis=-1) / np.maximum(spectrum.sum(axis=-1), 1)
 
 
 def at_frequency(x, zeta):  # [.., p], int [..] -> [.., p]
@@ -353,35 +504,39 @@ def at_frequency(x, zeta):  # [.., p], int [..] -> [.., p]
     return np.fft.irfft(transform, n=p).astype(x.dtype)
 
 
-def neurons(params):  # -> [k+1, m, p]
+def neurons(params):  # -> [k+1, m, p], on the host
     """All vectors of all neurons: u_1 .. u_k and then w."""
-    return xp.concatenate([params["u"].transpose(0, 2, 1), params["w"][None]])
+    u, w = to_host(params["u"]), to_host(params["w"])
+    return np.concatenate([u.transpose(0, 2, 1), w[None]])
 
 
 def neuron_norms(params):  # -> [m]
     """||theta_i||_2 over the (k+1) p numbers of each neuron."""
     u, w = params["u"], params["w"]
-    return xp.sqrt(xp.einsum("kpm,kpm->m", u, u) + xp.einsum("mp,mp->m", w, w))
+    largest = xp.maximum(xp.abs(u).max(), xp.abs(w).max())
+    largest = largest + (largest == 0)
+    u, w = u / largest, w / largest  # so that no square overflows or vanishes
+    return largest * xp.sqrt(xp.einsum("kpm,kpm->m", u, u) + xp.einsum("mp,mp->m", w, w))
 
 
 def neuron_spectra(params):
-    """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host. (By the theorem
-    u_1 .. u_k and w also have one size; efficiency sees that.)
+    """Each neuron's Fourier measures (Section 4), as a dict of arrays on the host.
 
-    frequency [m]       zeta with most power in u_1..u_k and w together
+    frequency [m]       zeta with most power in u_1 .. u_k and w together
     concentration [m]   share of the neuron's power at zeta, the means included in the whole
     shares [k+1, m]     maximum normalized power of each vector by itself
-    phases [k+1, m]     theta_1 .. theta_k, theta_w at zeta
-    phase_error [m]     |theta_1 + .. + theta_k - theta_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
+    phases [k+1, m]     phi_1 .. phi_k, phi_w at zeta
+    phase_error [m]     |phi_1 + .. + phi_k - phi_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
     live [m]            norm above a tenth of the largest
     single [m]          live, and over 95% of the power at zeta
     summary             live_neurons; max_normalized_power, the mean of shares over live neurons;
                         single_frequency_fraction, of the live ones; frequencies_used, by the single
                         ones"""
-    vectors, norms = to_host(neurons(params)), to_host(neuron_norms(params))
+    vectors, norms = neurons(params).astype("float64"), to_host(neuron_norms(params))
+    vectors = normalized(vectors, axis=(0, 2))  # each neuron by itself
     spectrum = power_spectrum(vectors).sum(axis=0)  # [m, p // 2 + 1]
     zeta, each = 1 + spectrum[:, 1:].argmax(axis=1), np.arange(len(norms))
-    concentration = spectrum[each, zeta] / np.maximum(spectrum.sum(axis=1), TINY)
+    concentration = spectrum[each, zeta] / np.maximum(spectrum.sum(axis=1), 1)
     shares = max_normalized_power(vectors)
     phases = np.angle(np.fft.rfft(vectors)[:, each, zeta])
     error = (phases[:-1].sum(axis=0) - phases[-1] + math.pi) % (2 * math.pi) - math.pi
@@ -400,7 +555,7 @@ def ablate(params):
 
     -> restricted, excluded: weights that add up to params; their logits do not add up (after Nanda
     et al. 2023, arXiv 2301.05217)."""
-    vectors = to_host(neurons(params))
+    vectors = neurons(params)
     kept = at_frequency(vectors, neuron_spectra(params)["frequency"])
     return [{"u": xp.asarray(x[:-1].transpose(0, 2, 1)), "w": xp.asarray(x[-1])}
             for x in (kept, vectors - kept)]
@@ -409,77 +564,162 @@ def ablate(params):
 def margins(logits, y):  # [n, p], [n] -> [n], [n]
     """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
 
-    The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong."""
+    The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong.
+
+    >>> margin, weighted = margins(np.array([[5.0, 3.0, 1.0]]), np.array([0]))
+    >>> margin.tolist(), weighted.tolist()
+    ([2.0], [3.0])
+    """
     each, p, wrong = np.arange(len(y)), logits.shape[1], logits.copy()
     right = logits[each, y]
     wrong[each, y] = -xp.inf
     return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
 
 
-def evaluate(parts):
-    """What a network does on inputs in pieces (inputs, logits, ..), see mlp_pieces. A dict:
+def answers(logits, y):  # [n, p], [n] -> [n], scalar
+    """The margins of some inputs, on the host, and the sum of their cross-entropies."""
+    return to_host(margins(logits, y)[0]), float(cross_entropy(logits, y)[0]) * len(y)
+
+
+def alignment(logits, y):  # [n, p], [n] -> n, scale, [p], scalar
+    """Of some inputs' logits without their means over the classes, f~, in units of a scale: the sum
+    over the inputs of f~(a)[y + Delta], for Delta = 0 .. p-1, and the sum of all squares.
+
+    The scale is the largest logit, so that no square overflows or vanishes."""
+    p = logits.shape[1]
+    x = logits.astype("float64")
+    x = x - x.mean(axis=1, keepdims=True)
+    scale = float(xp.abs(x).max())
+    x = x / (scale or 1)
+    column = xp.asarray((y[:, None] + np.arange(p)) % p)
+    aligned = xp.take_along_axis(x, column, axis=1)
+    return len(y), scale, to_host(aligned.sum(axis=0)), float((x * x).sum())
+
+
+def one_pass(network, a, *looks, most=None):
+    """What each look says of the logits and labels of inputs a, piece by piece (see over_pieces).
+
+    network: a function of inputs, see network_of. -> a list for each look, such as answers."""
+    def of_piece(piece):
+        logits = network(piece)[0]
+        return [look(logits, labels(piece, logits.shape[1])) for look in looks]
+    return list(zip(*over_pieces(of_piece, a, most)))
+
+
+def evaluate(network, a, most=None):
+    """What a network answers on inputs a, in pieces of `most`. A dict:
 
     right            bool [n], on the host; accuracy: their share
     loss             the mean cross-entropy
-    margin           the smallest
-    circuit          g [p], what of the logits depends on c - a_1 - .. - a_k alone
-    circuit_share    the circuit's share of the power of the logits
+    margin           the smallest"""
+    return summary(*one_pass(network, a, answers, most=most))
 
-    With f~ = f less its mean over the classes,
+
+def summary(answered):
+    """evaluate's dict, from the answers of all pieces."""
+    margin = np.concatenate([margin for margin, _ in answered])
+    right = margin > 0
+    return {"right": right, "accuracy": float(right.mean()), "margin": float(margin.min()),
+            "loss": sum(loss for _, loss in answered) / len(margin)}
+
+
+def circuit(network, a, most=None):
+    """The circuit: what of the logits on inputs a depends on c - a_1 - .. - a_k alone.
+
+    -> g [p], on the host, and its share of the power of the logits:
 
         g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
-        circuit_share = n sum_Delta g(Delta)^2 / sum_{a,c} f~(a)[c]^2.
+        share = n sum_Delta g(Delta)^2 / sum_{a,c} f~(a)[c]^2.
 
     So g(c - a_1 - .. - a_k) is the best approximation of f~(a)[c] by a function of this difference.
     Over D_p it is the part of f~ whose DFT lies on the frequencies (j, .., j, -j), the diagonal of
     Lemma F.2:
 
-        sum over Delta of g(Delta) e^(2 pi i j Delta / p) = f~^(j, .., j, -j) / p^k.
+        sum over Delta of g(Delta) e^(2 pi i j Delta/p) = F(j, .., j, -j) / p^k     for j != 0.
 
-    circuit_share is 1 for a max-margin network, 1/n on average for random logits."""
-    margin, loss, g, total = [], 0.0, 0.0, 0.0
-    for a, logits, *_ in parts:
-        y = labels(a, logits.shape[1])
-        margin.append(to_host(margins(logits, y)[0]))
-        loss += float(cross_entropy(logits, y)[0]) * len(y)
-        column = xp.asarray((y[:, None] + np.arange(logits.shape[1])) % logits.shape[1])
-        shifted = xp.take_along_axis(logits - logits.mean(axis=1, keepdims=True), column, axis=1)
-        g = g + to_host(shifted.sum(axis=0, dtype="float64"))
-        total += float((shifted * shifted).sum(dtype="float64"))
-    margin = np.concatenate(margin)
-    right, n, g = margin > 0, len(margin), g / len(margin)
-    return {"right": right, "accuracy": float(right.mean()), "loss": loss / n,
-            "margin": float(margin.min()), "circuit": g,
-            "circuit_share": float(n * (g @ g) / (total or 1))}
+    The share is 1 for a max-margin network, and 1/n on average for random logits.
+
+    >>> params = rotated_network(2, 5)
+    >>> g, share = circuit(lambda a: mlp(params, a), all_inputs(2, 5))
+    >>> (g / max_margin(2, 5)).round(6).tolist(), round(share, 6)
+    ([0.8, -0.2, -0.2, -0.2, -0.2], 1.0)
+    """
+    return whole_circuit(*one_pass(network, a, alignment, most=most))
+
+
+def whole_circuit(aligned):
+    """circuit's g and share, from the alignment of all pieces."""
+    n, top = sum(n for n, *_ in aligned), max(scale for _, scale, *_ in aligned) or 1
+    g = sum(scale / top * sums for _, scale, sums, _ in aligned) / n
+    total = sum((scale / top) ** 2 * squares for _, scale, _, squares in aligned)
+    return top * g, float(n * (g @ g) / (total or 1))
 
 
 def circuit_frequencies(g):
     """How many frequencies hold 99% of the power of a circuit g [p]."""
-    held = np.cumsum(np.sort(power_spectrum(g)[1:])[::-1])  # by the 1, 2, .. strongest
+    spectrum = power_spectrum(normalized(g))[1:]
+    held = np.cumsum(np.sort(spectrum)[::-1])  # by the 1, 2, .. strongest
     return 1 + int(np.searchsorted(held, 0.99 * held[-1])) if held[-1] > 0 else 0
 
 
-def without_circuit(parts, g):
-    """The same pieces (inputs, logits) without the circuit: f(a)[c] - g(c - a_1 - .. - a_k)."""
-    for a, logits, *_ in parts:
+def without_circuit(network, g):
+    """The network without the circuit g, a function of inputs: f(a)[c] - g(c - a_1 - .. - a_k)."""
+    def rest(a):
+        logits = network(a)[0]
         shift = (np.arange(len(g)) - labels(a, len(g))[:, None]) % len(g)
-        yield a, logits - xp.asarray(g.astype(logits.dtype))[shift]
+        return logits - xp.asarray(g.astype(logits.dtype))[shift], None
+    return rest
+
+
+def progress(run):
+    """A line of history: loss and accuracy on up to 4096 fixed inputs of the training part and of
+    the test part; circuit_share, on the test inputs (if there are none, on the training inputs);
+    and the summary of the weights' measures."""
+    config, model, network = run.config, model_of(run.config), network_of(run.config, run.params)
+    line, rng = {"step": run.step}, stream(config, 3)
+    for name, part in (("train", run.train), ("test", ~run.train)):
+        a = sample_inputs(np.flatnonzero(part), config["k"], config["p"], rng, 4096)
+        line |= {f"{name}_loss": None, f"{name}_accuracy": None}
+        if len(a):
+            most = model.pieces * PIECE
+            answered, aligned = one_pass(network, a, answers, alignment, most=most)
+            seen, (_, share) = summary(answered), whole_circuit(aligned)
+            line |= {f"{name}_loss": seen["loss"], f"{name}_accuracy": seen["accuracy"],
+                     "circuit_share": share}
+    return line | model.measures(run.params)["summary"]
+
+
+MODELS["mlp"] = Model(mlp_settings, init_mlp, mlp, neuron_spectra, plain_step)
+MODELS["relu"] = MODELS["mlp"]._replace(network=relu_mlp)
 
 
 # ---- The best network there is: norm, margin, gamma* (Def. B.2, Theorem 4.1) ---------------------
-
-# Why a neuron of the best network is a cosine (Lemma 4.2, odd p): a margin is at most the
-# class-weighted one, whose mean over D_p is the sum over neurons and over j = 1 .. p-1 of
 #
-#     k! / ((p-1) p^k)  |u^_1(j)| .. |u^_k(j)| |w^(j)| cos(phase error).
+# Why no network has a larger normalized margin than gamma*, and why the neurons of one that has it
+# are cosines (Lemma 4.2). p is odd, and P(j) = |U_1(j)|^2 + .. + |U_k(j)|^2 + |W(j)|^2 of a neuron.
 #
-# With P_j = |u^_1(j)|^2 + .. + |w^(j)|^2 the product is at most (P_j / (k+1))^((k+1)/2) by the
-# inequality of arithmetic and geometric means. This is convex in P_j, and the sum of all P_j is at
-# most p ||theta_i||^2: so it is best to have all power at one pair j, p-j, shared equally by u_1 ..
-# u_k and w; and the phase error must be 0. Then P_j = P_{p-j} = p ||theta_i||^2 / 2 (Parseval), and
-# the neuron adds gamma* ||theta_i||^(k+1); all neurons add gamma* ||theta||^(k+1). The smallest
-# margin equals the mean only if all margins do; then f^(j,..,j,-j) is the same for every j != 0,
-# and so every frequency is used (Lemma F.2).
+# 1. The smallest margin of a network is at most the mean over D_p of its class-weighted margin.
+# 2. In terms of DFTs this mean is a sum over all neurons and over j = 1 .. p-1 (Lemma D.8) of
+#
+#        k! / ((p-1) p^k)  |U_1(j)| .. |U_k(j)| |W(j)|  cos(phi_1(j) + .. + phi_k(j) - phi_w(j)).
+#
+# 3. The cosine is at most 1, which it is where the phases add up.
+# 4. The geometric mean of |U_1(j)|^2, .., |W(j)|^2 is at most their arithmetic mean, and equal to
+#    it only if u_1 .. u_k and w have the same power:
+#
+#        |U_1(j)| .. |U_k(j)| |W(j)|  <=  (P(j) / (k+1))^((k+1)/2).
+#
+# 5. The sum of P(j) over all j is p ||theta_i||^2 (Parseval), and P(j) = P(p-j).
+# 6. The bound of 4 is strictly convex in P(j). So its sum over j is largest if all power is at one
+#    pair: P(zeta) = P(p - zeta) = p ||theta_i||^2 / 2. The neuron then has a single frequency.
+# 7. The two terms of this pair add up to
+#
+#        2 k! / ((p-1) p^k)  (p ||theta_i||^2 / (2k+2))^((k+1)/2)  =  gamma* ||theta_i||^(k+1).
+#
+# 8. So all neurons together have at most gamma* sum_i ||theta_i||^(k+1). At norm 1 this is gamma*.
+# 9. A network that reaches gamma* has equality in 1: on each input the right logit is larger than
+#    each other one by just gamma*. Then F(j, .., j, -j) = gamma* p^k for each j != 0 (Lemma F.2).
+#    A frequency that no neuron uses would have 0 there. So all frequencies are used.
 
 
 def norm(params):
@@ -491,83 +731,44 @@ def norm(params):
     return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu))
 
 
-def penalty(params, strength, exponent):
-    """strength ||theta||_{2,nu}^exponent, nu = k + 1 (Def. 3.1) -> its value, its gradients.
-
-    With exponent 1 this is the paper's regularizer; with exponent nu it is sum_i ||theta_i||^nu,
-    which is differentiable at 0, too. The gradient by theta_i is
-
-        strength exponent ||theta||^(exponent - nu) ||theta_i||^(nu - 2) theta_i,
-
-    and 0 for weights that are all 0."""
-    norms, nu = neuron_norms(params), len(params["u"]) + 1
-    total = (norms**nu).sum() ** (1 / nu)
-    scale = total + (total == 0)  # 1 where all weights are 0
-    pull = strength * exponent * scale ** (exponent - nu) * norms ** (nu - 2)
-    return strength * total**exponent, {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
-
-
 def max_margin(k, p):
-    """gamma*, the largest normalized margin of any network (Theorem 4.1, part 1).
+    """gamma*, the largest normalized margin of any network (Theorem 4.1, part 1):
 
-        gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) )
+        gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) ).
 
-    This is for odd p. For even p, which the paper leaves out, a neuron of the Nyquist frequency p/2
-    gives 1/r times as much class-weighted margin for its norm, r = 2^(-(k-1)/2), as its power is
-    not split between j and p - j, and gamma* is (p-1)/(p-2+r) times as large.
+    For even p see part 3 of this file.
 
-    rotated_network reaches it. No network has more: in the proof of Lemma 4.2, instead of weighing
-    all wrong classes alike, give y + Delta the weight (2-r)/(p-2+r) if Delta is even and r/(p-2+r)
-    if it is odd (these add up to 1). In the margin that is weighted so, each frequency j has the
-    factor p/(p-2+r), and p/2 has r times that; then all frequencies give the same."""
-    gamma = 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
-    return gamma if p % 2 else gamma * (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
+    >>> round(max_margin(2, 3), 6)  # sqrt(2/27) / (sqrt(3) 2)
+    0.078567
+    """
+    if p % 2 == 0:
+        return even_max_margin(k, p)
+    return 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
 
 
 def normalized_margin(params):
-    """The smallest margin over D_p (of z^k) divided by ||theta||^(k+1), which is the margin of
-    theta / ||theta||. It is at most gamma*."""
-    return evaluate(mlp_pieces(params))["margin"] / (norm(params) ** (len(params["u"]) + 1) or 1)
+    """The smallest margin of the mlp over D_p divided by ||theta||^(k+1), which is the margin of
+    theta / ||theta||. It is at most gamma*; 0 for weights that are all 0."""
+    k, p, _ = params["u"].shape
+    size = norm(params) or 1
+    unit = {name: x / size for name, x in params.items()}
+    return evaluate(lambda a: mlp(unit, a), all_inputs(k, p))["margin"]
 
 
 def neuron_dft(params):  # -> complex [p, m]
-    """Each neuron's part of f~^(j, .., j, -j), from its weights alone (Lemma D.8); z^k only:
+    """Each neuron's part of F(j, .., j, -j), from its weights alone (Lemma D.8):
 
-        k! w^(-j) u^_1(j) .. u^_k(j) for j = 1 .. p-1, and 0 for j = 0.
+        k! W(-j) U_1(j) .. U_k(j)     for j = 1 .. p-1, and 0 for j = 0.
 
-    f~ is f less its mean over the classes. Summed over all neurons of a max-margin network this is
-    positive for j != 0 (Lemma F.2), and at norm 1 it is gamma* p^k. For any network the sum is p^k
-    times the DFT of its circuit (evaluate) at -j."""
+    Summed over all neurons of a max-margin network of norm 1 this is gamma* p^k at each j != 0
+    (Lemma F.2). For any network the sum is p^k times the DFT of its circuit at -j."""
     u, w = params["u"], params["w"]
     dft = xp.conj(xp.fft.fft(w, axis=1).T) * xp.fft.fft(u, axis=1).prod(axis=0)
     dft[0] = 0
     return math.factorial(len(u)) * dft
 
 
-def margin_bound(g):
-    """An upper bound on the smallest margin over D_p, from the circuit g (evaluate).
-
-    For each Delta != 0 no margin exceeds f[y] - f[y + Delta], whose mean over D_p is
-    g(0) - g(Delta). The bound is the smallest of these means."""
-    return float((g[0] - g[1:]).min())
-
-
-def efficiency(params):  # -> [m]
-    """Each neuron's mean class-weighted margin over gamma* (Lemmas 4.2, D.8), where f is that of
-    the neuron alone, scaled to norm 1:
-
-        sum_{j != 0} f^(j,..,j,-j) / ((p-1) p^k gamma*).
-
-    For odd p it lies in [-1, 1], and is 1 for cosines of one frequency and one size whose phases
-    add up. For even p such a neuron reaches (p-2+r)/(p-1), where r = 2^(-(k-1)/2), and a neuron of
-    the Nyquist frequency reaches that divided by r."""
-    k, p, _ = params["u"].shape
-    norms = xp.maximum(neuron_norms(params), TINY)
-    unit = {"u": params["u"] / norms, "w": params["w"] / norms[:, None]}
-    return neuron_dft(unit).real.sum(axis=0) / ((p - 1) * float(p) ** k * max_margin(k, p))
-
-
-# ---- Theory: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1) --------------
+# ---- The constructions: networks of norm 1 whose margin is gamma* on every input (Theorem 4.1) ---
 
 
 def half_of_all_signs(k):  # -> [2^(k-1), k]
@@ -575,12 +776,23 @@ def half_of_all_signs(k):  # -> [2^(k-1), k]
     return np.array(list(itertools.product((1,), *[(1, -1)] * (k - 1))))
 
 
+def cosine_network(k, p, amplitudes, phases):
+    """The network of norm 1 with the neurons amplitude cos(phase + 2 pi zeta a/p), for every zeta =
+    1 .. (p-1)/2, all of one norm. -> {"u", "w"}, float64. amplitudes, phases: [rows, k+1], of the
+    neurons at each zeta, those of w last."""
+    zeta = np.arange(1, (p - 1) // 2 + 1)[:, None, None, None]
+    angle = phases[:, :, None] + 2 * np.pi * zeta * np.arange(p) / p
+    x = (amplitudes[:, :, None] * np.cos(angle)).reshape(-1, k + 1, p)  # [m, k+1, p]
+    x *= max(1, len(x)) ** (-1 / (k + 1)) / np.sqrt((x**2).sum(axis=(1, 2), keepdims=True))
+    return {"u": xp.asarray(x[:, :k].transpose(1, 2, 0).copy()), "w": xp.asarray(x[:, k].copy())}
+
+
 def paper_network(k, p):
     """The paper's max-margin network (Lemmas 4.3, E.3): 2^(2k-2) (p-1) neurons, float64, norm 1.
 
-    For each zeta, cos(x_1 + .. + x_k - x_c) is a sum of 2^k products of cosines and sines, where
-    x_j = 2 pi zeta a_j/p and x_c = 2 pi zeta c/p; each product is a sum of 2^(k-1) k-th powers: for
-    any numbers t_1 .. t_k,
+    For each zeta let x_j = 2 pi zeta a_j/p and x_c = 2 pi zeta c/p. Then cos(x_1 + .. + x_k - x_c)
+    is a sum of 2^k products of cosines and sines. Each product is a sum of 2^(k-1) k-th powers,
+    because for any numbers t_1 .. t_k
 
         2^k k! t_1 .. t_k = sum over signs s of s_1 .. s_k (s_1 t_1 + .. + s_k t_k)^k   (Lemma E.1)
 
@@ -602,12 +814,20 @@ def paper_network(k, p):
     return cosine_network(k, p, amplitudes, phases)
 
 
-def rotated_network(k, p):
-    """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons for odd p.
+def rotated_neurons(k):
+    """The amplitudes and phases [(k+1) 2^(k-1), k+1] of rotated_network's neurons at each zeta."""
+    signs = half_of_all_signs(k)
+    amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
+    turns = np.repeat(np.arange(k + 1), len(signs))[:, None] * np.array([1] * k + [k])
+    return amplitudes, np.pi / (k + 1) * turns
 
-    It takes only the product of cosines, no sines, and turns it by k + 1 angles psi = pi t/(k+1),
-    t = 0 .. k: the phases of u_1 .. u_k by psi, the phase of w by k psi. Over the signs of Lemma
-    E.1 the neurons of one psi add up to
+
+def rotated_network(k, p):
+    """A smaller max-margin network, beyond the paper: (k+1) 2^(k-2) (p-1) neurons.
+
+    It takes only the product of cosines, without sines, and turns it by k + 1 angles psi =
+    pi t/(k+1), t = 0 .. k: the phases of u_1 .. u_k by psi, the phase of w by k psi. Over the signs
+    of Lemma E.1 the neurons of one psi add up to
 
         2^(k-1) k! cos(x_1 + psi) .. cos(x_k + psi) cos(x_c + k psi).
 
@@ -618,36 +838,42 @@ def rotated_network(k, p):
         sum over t = 0 .. k of e^(-2 pi i l t/(k+1)) = k+1 for l = 0, and 0 for l = 1 .. k.
 
     So only l = 0 is left, with its conjugate: (k+1) 2^-k cos(x_1 + .. + x_k - x_c) in place of the
-    product of cosines. p may be even (p = 2 is parity). Then there are (k+1) 2^(k-2) (p-2) such
-    neurons and 2^(k-1) of the Nyquist frequency p/2, where cos(x_j) = (-1)^a_j and nothing needs to
-    be turned."""
+    product of cosines. For even p, which has a few other neurons, see part 3 of this file.
+
+    >>> params = rotated_network(3, 5)
+    >>> params["w"].shape  # 32 neurons, where the paper's network has 64
+    (32, 5)
+    >>> round(normalized_margin(params) / max_margin(3, 5), 9)
+    1.0
+
+    At k = 2 no max-margin network is narrower: each of the (p-1)/2 frequencies needs six neurons,
+    3 (p-1) in all. This is why. Take the neurons of one frequency, with the phases s and t of u_1
+    and u_2, so that s + t is that of w (Theorem 4.1), and let l be norm^3 of a neuron.
+
+    1. A neuron, (cos(x_1 + s) + cos(x_2 + t))^2 cos(x_c + s + t), is a sum of characters
+       e^(i (n_1 x_1 + n_2 x_2 + n_c x_c)), where n_c is 1 or -1, and (n_1, n_2) is (0, 0), (2, 0),
+       (0, 2), (1, 1), (1, -1) or the negative of one of these.
+    2. Its coefficient has the phase chi . (s, t) with chi = (n_1 + n_c, n_2 + n_c), and its size is
+       l times a number that is the same for all neurons.
+    3. In a max-margin network only x_1 + x_2 - x_c and its negative, where chi = 0, are left. For
+       every other character
+
+           sum over neurons of l e^(i chi . (s, t)) = 0.
+
+    4. Let H = {(0,0), (1,1), (2,2), (1,-1), (2,0), (3,1)}. The difference of any two of these is
+       the chi of such a character.
+    5. For each neuron let v be the vector of the six numbers e^(i h . (s, t)), h in H. By 3 and 4
+       the matrix sum of l v v^* is the sum of the l times the identity: its rank is six.
+    6. It is a sum of as many matrices of rank one as there are neurons. So there are at least six.
+
+    The same argument gives 15 neurons a frequency at k = 3 (p > 6), where this network has 16; of
+    400 searches for an exact network of 15 none found one. It gives 36 at k = 4, where this network
+    has 40."""
     check_size(k, p)
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
-    signs = half_of_all_signs(k)
-    amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
-    turns = np.repeat(np.arange(k + 1), len(signs))[:, None] * np.array([1] * k + [k])
-    return cosine_network(k, p, amplitudes, np.pi / (k + 1) * turns)
-
-
-def cosine_network(k, p, amplitudes, phases):
-    """-> {"u", "w"} of norm 1: the neurons amplitude cos(phase + 2 pi zeta a/p), for every zeta.
-
-    amplitudes, phases: [rows, k+1], of the neurons at each zeta. For odd p all neurons have the
-    same norm. For even p those of the Nyquist frequency are the first 2^(k-1) rows alone (t = 0);
-    they have the share r / (p-2+r), r = 2^(-(k-1)/2), of sum_i ||theta_i||^(k+1), so that
-    f^(j, .., j, -j) is the same for every j: a pair j, p-j has 2 of p-2+r, and p/2 has r."""
-    angle = 2 * np.pi * np.arange(p) / p
-    r = 2 ** (-(k - 1) / 2)
-    parts = []
-    for zeta in range(1, p // 2 + 1):
-        nyquist = 2 * zeta == p
-        used = slice(2 ** (k - 1) if nyquist else None)
-        x = amplitudes[used, :, None] * np.cos(phases[used, :, None] + zeta * angle)  # [.., k+1, p]
-        share = (r if nyquist else 2) / (p - 1 if p % 2 else p - 2 + r)
-        size = (share / len(x)) ** (1 / (k + 1))
-        parts.append(size * x / np.sqrt((x**2).sum(axis=(1, 2), keepdims=True)))
-    x = np.concatenate(parts).transpose(1, 2, 0)  # [k+1, p, m]
-    return {"u": xp.asarray(x[:k].copy()), "w": xp.asarray(x[k].T.copy())}
+    if p % 2 == 0:
+        return even_rotated_network(k, p)
+    return cosine_network(k, p, *rotated_neurons(k))
 
 
 def theory_check(params):
@@ -657,207 +883,112 @@ def theory_check(params):
 
         f(a)[c] = gamma* (1{c = a_1 + .. + a_k} - 1/p),
 
-    so that all wrong classes are alike (Condition 3.8); for even p rotated_network has this f, too.
-    For odd p also the first-order (dual) condition, which is necessary: the gradient of the mean
-    class-weighted margin is gamma* times that of sum_i ||theta_i||^(k+1). (Both are homogeneous of
-    degree k+1, and the margin is gamma* at norm 1; so by Euler's identity the factor is gamma*.)
+    so that all wrong classes are alike (Condition 3.8). There is also a first-order (dual)
+    condition, which is necessary: the gradient of the mean class-weighted margin is gamma* times
+    that of sum_i ||theta_i||^(k+1). (Both are homogeneous of degree k+1, and at norm 1 the margin
+    is gamma*; so by Euler's identity the factor is gamma*.) For even p it is left out.
+
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
-    gamma, onehot, spread, deviation = max_margin(k, p), xp.eye(p), 0.0, 0.0
-    dual = {name: xp.zeros_like(x) for name, x in params.items()}
-    for a, logits, backward in mlp_pieces(params):
-        target = onehot[labels(a, p)]
-        deviation = max(deviation, float(xp.abs(logits - gamma * (target - 1 / p)).max()))
-        wrong = logits[target == 0].reshape(len(a), p - 1)
-        spread = max(spread, float((wrong.max(axis=1) - wrong.min(axis=1)).max()))
-        for name, d in backward((target - (1 - target) / (p - 1)) / p**k).items():
-            dual[name] += d
-    whole, size = evaluate(mlp_pieces(params)), gamma * p**k
-    diagonal = neuron_dft(params).sum(axis=1).real[1:]
+    gamma, onehot, a = max_margin(k, p), xp.eye(p), all_inputs(k, p)
+
+    def of_piece(piece):
+        logits, backward = mlp(params, piece)
+        target = onehot[labels(piece, p)]
+        deviation = xp.abs(logits - gamma * (target - 1 / p)).max()
+        wrong = logits[target == 0].reshape(len(piece), p - 1)
+        spread = (wrong.max(axis=1) - wrong.min(axis=1)).max()
+        dual = backward((target - (1 - target) / (p - 1)) / p**k)
+        return float(deviation), float(spread), dual
+
+    deviation, spread, dual = 0.0, 0.0, {name: xp.zeros_like(x) for name, x in params.items()}
+    for piece_deviation, piece_spread, grads in over_pieces(of_piece, a):
+        deviation, spread = max(deviation, piece_deviation), max(spread, piece_spread)
+        dual = {name: dual[name] + d for name, d in grads.items()}
+    answered, aligned = one_pass(lambda a: mlp(params, a), a, answers, alignment)
+    diagonal, size = neuron_dft(params).sum(axis=1).real[1:], gamma * p**k
     rows = [("norm ||theta||_{2,k+1}", norm(params), 1, 1),
-            ("margin, smallest over inputs", whole["margin"], gamma, gamma),
+            ("margin, smallest over inputs", summary(answered)["margin"], gamma, gamma),
             ("spread over wrong classes (Cond. 3.8)", spread, 0, gamma),
             ("|f - gamma* (1{c = sum a} - 1/p)|", deviation, 0, gamma),
-            ("circuit share of the logits", whole["circuit_share"], 1, 1),
-            ("f^(j,..,j,-j) by weights, smallest", float(diagonal.min()), size, size),
-            ("f^(j,..,j,-j) by weights, largest", float(diagonal.max()), size, size)]
+            ("circuit share of the logits", whole_circuit(aligned)[1], 1, 1),
+            ("F(j,..,j,-j) by weights, smallest", float(diagonal.min()), size, size),
+            ("F(j,..,j,-j) by weights, largest", float(diagonal.max()), size, size)]
     if p % 2:
-        _, ideal = penalty(params, gamma, k + 1)
+        _, ideal = penalty(params, gamma)
         residual = max(float(xp.abs(dual[name] - ideal[name]).max()) for name in dual)
         largest = max(float(xp.abs(x).max()) for x in ideal.values())
         rows += [("dual condition, residual", residual, 0, largest)]
     return [(what, got, wanted, abs(got - wanted) / unit) for what, got, wanted, unit in rows]
 
 
-# ---- Learning faster, beyond the paper: a control variate, equal sizes ---------------------------
+# ---- The maximum margin, by training (Lemma 3.7) -------------------------------------------------
+#
+# The paper adds a penalty to cross-entropy (Def. 3.1). As its strength tends to 0, the normalized
+# margin of the optimum tends to gamma* (Lemma 3.7). With the penalty
+#
+#     strength N,   N = sum_i ||theta_i||^(k+1),
+#
+# odd p, and a network wide enough to be max-margin, more is true: at each strength below
+# gamma* (p-1)/p the optimum is a max-margin network.
+#
+# 1. Let M be the mean over D_p of the class-weighted margin. By Jensen's inequality
+#
+#        mean cross-entropy  >=  log(1 + (p-1) e^(-M)).
+#
+# 2. By Lemma 4.2 (see "the best network"), M <= gamma* N.
+# 3. A max-margin network of any size has equality in 1 and 2, and only such a network has.
+# 4. What is left to find is the best size. With x = gamma* N and the strength l gamma*,
+#
+#        log(1 + (p-1) e^(-x)) + l x     is least where     x = log((p-1) (1-l) / l).
+#
+# So at the strength 0.1 gamma* the optimum has the margin log(9 (p-1)) on every input.
 
 
-def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
-    """mlp (z^k), with a backward whose gradients have less noise; n: inputs in the whole batch.
-
-    Write v_j = u_j(a_j) and y = a_1 + .. + a_k. Then over all of D_p, for any weights,
-
-        R = mean over a of sum_i rest_i(a) w~_i(y) = 0,     rest = z^k - k! v_1 .. v_k,
-
-    where w~_i(y) = w_i(y) - mean over c of w_i(c). Expand z^k. If a monomial lacks some v_j,
-    average over a_j first: only w~_i(y) depends on it, and its average is 0. The only monomial of
-    degree k that has every v_j is v_1 .. v_k, which is subtracted. On a batch R is not 0, but only
-    noise: R is a control variate. While the logits are small, cross-entropy is to first order
-
-        log p - mean_a sum_i z_i^k w~_i(y),
-
-    so that the noise of R is in the gradient, too. It is most of the noise: at Gaussian weights the
-    mean square of z^k is 3, 11, 47, 205 times that of the product term k! v_1 .. v_k at k = 2, 3,
-    4, 5. So this backward, given the gradient of cross-entropy by the logits, adds the gradient of
-
-        coefficient * R.
-
-    With coefficient 1 only the gradient of the product term is left, to first order. As the network
-    learns, fast_step lets the coefficient fall to 0.
-
-    What it is not: R assumes all p^k inputs. On a training half its mean is not 0, so this is not
-    the gradient of that half's cross-entropy: it is told that the data are a whole group.
-    (The gradient by v_j needs the product of the other v: v_1 .. v_{j-1}, kept in begun, times
-    v_{j+1} .. v_k, gathered in dbegun from j = k down. That is 3 (k-1) products of arrays, not
-    k (k-1), which at k=5 would take 1.7 times as long.)"""
-    u, w = params["u"], params["w"]
-    k, p, _ = u.shape
-    v = [u[j][a[:, j]] for j in range(k)]
-    h, power_backward = power(sum(v), k)
-
-    def backward(dlogits):
-        eye = xp.eye(p, dtype=u.dtype)
-        onehot, right = eye[a], eye[labels(a, p)]
-        # R = mean of z^k w~(y): w~(y) = sum_c (1{c = y} - 1/p) w(c)
-        toward_right = coefficient / n * (right - 1 / p)
-        dlogits = dlogits + toward_right
-        dz = power_backward(dlogits @ w.T)
-        # R = .. - mean of k! v_1 .. v_k w~(y)
-        dproduct = -math.factorial(k) * toward_right  # by the logits of the product term alone
-        begun = list(itertools.accumulate(v, xp.multiply))  # v_1, v_1 v_2, .., v_1 .. v_k
-        dw = h.T @ dlogits + begun[-1].T @ dproduct
-        dbegun = dproduct @ w.T  # by v_1 .. v_k; then by v_1 .. v_j, for j = k-1 .. 1
-        du = xp.empty_like(u)
-        for j in range(k - 1, 0, -1):
-            du[j] = onehot[:, j].T @ (dz + begun[j - 1] * dbegun)
-            dbegun *= v[j]
-        du[0] = onehot[:, 0].T @ (dz + dbegun)
-        return {"u": du, "w": dw}
-
-    return h @ w, backward
-
-
-def natural_scale(k, p, m):
-    """m ideal neurons of equal norm have the margin gamma* m norm^(k+1) on every input (Theorem
-    4.1). Returns the root mean square of a neuron's (k+1) p entries at which this margin is 10, and
-    the loss about p e^-10."""
-    return (10 / (max_margin(k, p) * m)) ** (1 / (k + 1)) / math.sqrt((k + 1) * p)
-
-
-def fast_settings(**given):
-    """The settings of --fast, a dict: one rule for all k and p, in units of natural_scale and of
-    gamma*, which the theorem gives.
-
-    Up to the share "equal" of the steps all vectors of all neurons are held at mean 0 and one size,
-    which grows (held_rms), without penalty and decay. No neuron can win by being large, so each
-    has the time to settle on one frequency; without it only 45% stay alive at k=4 p=23. After that
-    the sizes are free, and three things remove what is left of other frequencies: a penalty
-    sum_i ||theta_i||^(k+1), a weight decay that sets in as the loss falls (gate), and a learning
-    rate that falls to 0.
-
-    The numbers were chosen on seeds from 100 up, so that few steps are enough at the paper's sizes;
-    lr and 1 / weight_decay are in units of the weights' size, natural_scale.
-    At a higher learning rate the neurons of k >= 4 do not settle; at a lower one many live on with
-    mixed frequencies. The number of steps was found by trial at six sizes: the larger D_p is, the
-    longer it takes to leave the noise."""
-    rule, equal = mlp_settings(**given), given.get("equal", 0.6)
-    k, p, m = rule["k"], rule["p"], rule["m"]
-    scale = natural_scale(k, p, m)
-    # At Gaussian weights the mean square of z^k is (2k-1)!! (k std^2)^k; logits start with rms 0.1.
-    start = (0.1 / math.sqrt(m * math.prod(range(1, 2 * k, 2)) * k**k)) ** (1 / (k + 1))
-    return rule | {"control_variate": "on", "equal": equal, "hold": equal, "init_std": start,
-                   "steps": round(350 + k * p ** (k / 2) / 10), "lr": 0.3 / k * scale,
-                   "eps": 1e-20,  # at k >= 4 the gradients of small weights are far below 1e-8
-                   "weight_decay": 1.2 / (scale * (k + 1)), "penalty_power": k + 1,
-                   "penalty": 0.05 * max_margin(k, p)}
-
-
-def held_rms(config, step):
-    """The root mean square at which all vectors are held after this step; None: they are free.
-
-    It grows from init_std to natural_scale, where the ideal network has margin 10. It grows slowly
-    at first: its logarithm rises with the square of the time."""
-    equal = config["equal"]
-    if step >= equal * config["steps"]:
-        return None
-    grown = (step / config["steps"] / equal) ** 2
-    full = natural_scale(config["k"], config["p"], config["m"])
-    return config["init_std"] ** (1 - grown) * full**grown
-
-
-def standardize(params, rms):
-    """Give each u_j and w of each neuron mean 0 and this root mean square, in place."""
-    for x in (params["u"], params["w"]):  # [k, p, m], [m, p]: axis 1 is a vector's
-        x -= x.mean(axis=1, keepdims=True)
-        x *= rms / xp.sqrt((x * x).mean(axis=1, keepdims=True))
-
-
-def gate(loss, p):
-    """1 - loss / log p: 0 for a network that guesses, 1 for one that knows. Decay times the gate
-    cannot end the learning before it has begun."""
-    return (1 - loss / math.log(p)).clip(0)
-
-
-def penalized(params, grads, config):
-    """The gradients with those of the penalty added."""
-    pull = penalty(params, config["penalty"], config["penalty_power"])[1]
-    return {name: d + pull[name] for name, d in grads.items()}
-
-
-def fast_step(run):
-    """train_step for --fast: the control variate; first held sizes, then penalty, gated decay."""
-    config, params, p, a = run.config, run.params, run.config["p"], next_batch(run)
-    coefficient = run.coefficient if config["control_variate"] == "on" else 0
-    parts = ((piece, *mlp_with_control_variate(params, piece, coefficient, len(a)))
-             for piece in pieces(a, PIECE))
-    loss, grads, doubt = loss_and_gradients(parts, len(a))
-    # The coefficient that makes |softmax - onehot + coefficient (onehot - 1/p)|^2 least is p/(p-1)
-    # times doubt: 1 for a network that guesses, 0 for one that knows, more than 1 for a wrong one.
-    # It is for the next batch: one that depends on the batch that it serves could add a bias.
-    run.coefficient = (p / (p - 1) * doubt).clip(0, 1)
-    rms, lr = held_rms(config, run.step), learning_rate(config, run.step)
-    if rms is None:
-        update(run, penalized(params, grads, config), lr, config["weight_decay"] * gate(loss, p))
-    else:  # the learning rate is in units of the size
-        update(run, grads, lr * rms / natural_scale(config["k"], p, config["m"]), 0)
-        standardize(params, rms)
-
-
-# ---- The maximum margin, by training (Lemma 3.7): train_step adds the penalty --------------------
+def penalty(params, strength):
+    """strength * sum_i ||theta_i||^(k+1) -> its value, its gradients."""
+    norms, nu = neuron_norms(params), len(params["u"]) + 1
+    pull = strength * nu * norms ** (nu - 2)  # times theta_i this is the gradient by theta_i
+    return strength * (norms**nu).sum(), {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
 
 
 def max_margin_settings(**given):
-    """The settings of --max-margin, a dict: all of D_p at each step (a batch of 2^30 is more than
-    any D_p that fits), small first weights, a penalty, no decay; chosen on seeds from 100 up.
+    """The settings of --max-margin, a dict: those of the plain rule, but all of D_p at each step, a
+    penalty instead of weight decay, and a learning rate that falls from the first step on.
 
-    As the strength of the penalty tends to 0, the normalized margin of the optimum tends to gamma*
-    (Lemma 3.7). With the penalty strength * N, N = sum_i ||theta_i||^(k+1), and odd p more is true:
-    at every strength below gamma* (p-1)/p the optimum is a max-margin network. For logits whose
-    mean class-weighted margin (margins) is M, Jensen's inequality gives
-
-        mean cross-entropy >= log(1 + (p-1) e^(-M)),     and M <= gamma* N (Lemma 4.2).
-
-    A max-margin network of any size has equality in both, and only such a network has. What is left
-    is the best size: with x = gamma* N and the strength l gamma*, log(1 + (p-1) e^(-x)) + l x is
-    least where its margin x is log((p-1) (1-l) / l). So at the strength of 0.1 gamma* the optimum
-    has the margin log(9 (p-1)), and a network that is wide enough lacks something of gamma* only
-    because it was not trained to the optimum."""
+    First weights of a tenth of the plain size, a longer momentum and a smaller eps (the gradients
+    of small weights are far below 1e-8) matter at k = 4: without them the margin is 0.994 of gamma*
+    there."""
     rule = mlp_settings(**given)
-    k, p, m = rule["k"], rule["p"], rule["m"]
-    scale = natural_scale(k, p, m)
-    return rule | {"train_fraction": 1, "batch": 2**30, "steps": 500 * k, "hold": 0, "eps": 1e-20,
-                   "init_std": 0.03 * scale, "lr": 0.06 * scale, "betas": [0.95, 0.98],
-                   "weight_decay": 0, "penalty_power": k + 1, "penalty": 0.1 * max_margin(k, p)}
+    k, p = rule["k"], rule["p"]
+    return rule | {"train_fraction": 1, "batch": p**k, "steps": 750 * k, "lr": 0.015, "hold": 0,
+                   "init_std": 0.01, "betas": [0.95, 0.98], "eps": 1e-20, "weight_decay": 0,
+                   "penalty": 0.1 * max_margin(k, p)}
+
+
+def max_margin_step(run):
+    """plain_step with the gradient of the penalty added."""
+    config, a = run.config, next_batch(run)
+    loss, grads = loss_and_gradients(network_of(config, run.params), a)
+    _, pull = penalty(run.params, config["penalty"])
+    update(run, loss, {name: d + pull[name] for name, d in grads.items()}, config["weight_decay"])
+
+
+def max_margin_measures(params):
+    """neuron_spectra; its summary also has margin_ratio, the normalized margin over gamma*."""
+    k, p, _ = params["u"].shape
+    measures = neuron_spectra(params)
+    measures["summary"]["margin_ratio"] = normalized_margin(params) / max_margin(k, p)
+    return measures
+
+
+MODELS["max_margin"] = MODELS["mlp"]._replace(
+    settings=max_margin_settings, measures=max_margin_measures, step=max_margin_step)
+
+
+# ==================================================================================================
+# Part 2: the paper's transformers
+# ==================================================================================================
 
 
 # ---- One layer of attention alone, without positions (Figures 3, 9, 10) --------------------------
@@ -916,7 +1047,9 @@ def attend(s, ov, b, a):  # [H, p, p], [H, p, c], [H], [n, k] -> [n, c]
     The pairs (input, place) that hold the same token t all need the row t of OV: they make one
     small product. A dense product with one-hot rows would take several times as long.
     -> y, backward(dy) -> dS, dOV, db."""
-    (n, k), (heads, p, classes), query = a.shape, ov.shape, a[:, -1]
+    heads, p, classes = ov.shape
+    a = modulo(a, p)
+    (n, k), query = a.shape, a[:, -1]
     pairs = [xp.asarray(np.flatnonzero(a == t)) for t in range(p)]
     score = s.transpose(1, 2, 0)[query[:, None], a]  # [n, k, H]
     score[:, -1] += b
@@ -976,17 +1109,15 @@ def attention(params, a):  # [n, k] -> [n, p]
     Summed over zeta, the right class wins. At a collision, a_1 = a_2, the three terms cancel: such
     a head writes OV[a_1], whatever the query is. So collisions are counted apart.
 
-    This is why b_h is there. It is ours: the network has no positions, so that otherwise a head
-    cannot tell the query from the other numbers. With B = e^(b_h) the query's own score adds terms,
+    The bias b_h is ours: the network has no positions, so that without b_h a head cannot tell the
+    query from the other numbers. With B = e^(b_h) the query's own score adds terms,
 
         (2 + B)^2 logits = C(a_1 + a_2 + q) - (1 + B) / 2 (C(2 a_1 + q) + C(2 a_2 + q))
                            + B (C(2 q + a_1) + C(2 q + a_2) - C(3 q)),
 
     and at b_h = 0 the classes 2 q + a_1 and 2 q + a_2 are as strong as the right one. Training
-    makes b_h negative in most heads. (This is a sketch: the scores that it finds are not small.)
-    For k >= 4 terms of higher order in the scores are needed. At k = 4 it is s_1 s_2 OV[a_3], which
-    holds the query twice: S[q, a] = cos(x_q / 2 + x_a + psi), where 1/2 is modulo p, and
-    OV[a, c] = cos(x_a - x_c - 2 psi) have the right class there."""
+    makes b_h negative in most heads. (This is a sketch: the scores that training finds are not
+    small, and for k >= 4 terms of higher order in the scores are needed.)"""
     s, ov, circuits_backward = head_circuits(params["E"], [params[name] for name in HEADS])
     logits, attend_backward = attend(s, ov, params["b"], a)
 
@@ -1006,20 +1137,36 @@ def collisions(k, p):  # -> bool [p^k], on the host
 
 def attention_settings(k=3, p=31, **_):
     """The settings of one layer of attention, a dict. The 160 heads and the width of 128 are the
-    paper's; the other numbers were chosen on seeds from 100 up.
+    paper's; the other numbers are ours.
 
-    At small k, collisions (see attention) that were not trained on are answered correctly only if
-    the first weights are small; but if they are too small (0.3), one or two frequencies win before
-    the others have grown, and some seeds of k=3 p=61 never learn all sums. The decay is gated
-    (gate): decay from the first step on ends the learning at k >= 4 before it begins. Decay also
-    makes the network forget its collisions, so in the second half of the steps it is multiplied by
-    final_decay, which is smaller where collisions are common: it is 1 without any, and 0 where they
-    are 4/9 of the inputs."""
+    init_std: with larger first weights, collisions (see attention) that were not trained on are
+    answered wrongly at small k; with smaller ones a few frequencies win before the others have
+    grown. weight_decay: without the gate (gated_decay) it ends the learning at k >= 4 before it
+    begins. final_decay multiplies it in the second half of the steps, because decay also makes the
+    network forget its collisions: it is 1 without any, and 0 where they are 4/9 of the inputs."""
+    check_size(k, p)
     distinct = math.prod(max(0, 1 - i / p) for i in range(k - 1))  # the share without collisions
     return {"k": k, "p": p, "heads": 160, "d_head": 4, "d_model": 128, "split": "orbits",
             "train_fraction": 0.5, "steps": 3000 * (k - 1), "batch": 1024, "lr": 3e-3, "hold": 0.5,
             "init_std": 0.6 if k < 5 else 1, "betas": [0.9, 0.98], "eps": 1e-8,
             "weight_decay": 4, "final_decay": max(0, 1 - 1.5 * math.sqrt(1 - distinct))}
+
+
+def gated_decay(config, step, loss):
+    """The weight decay of a step of attention. Its gate, 1 - loss / log p, is 0 for a network that
+    guesses and 1 for one that knows: decay cannot end the learning before it has begun."""
+    gate = (1 - loss / math.log(config["p"])).clip(0)
+    falling = step >= config["hold"] * config["steps"]
+    return config["weight_decay"] * (gate * (config["final_decay"] if falling else 1))
+
+
+def attention_step(run):
+    """plain_step with a weight decay that depends on the loss; in larger pieces, because attend
+    takes the tokens of a piece one by one in Python."""
+    config, a = run.config, next_batch(run)
+    most = model_of(config).pieces * PIECE
+    loss, grads = loss_and_gradients(network_of(config, run.params), a, most)
+    update(run, loss, grads, gated_decay(config, run.step, loss))
 
 
 def head_tables(params):
@@ -1062,21 +1209,23 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
     summary          live_heads; key_share, the median of live heads; frequencies_used, by the used
                      ones"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
+    largest = np.abs(s).max(axis=(1, 2)) * np.abs(ov).max(axis=(1, 2))
+    s, ov = normalized(s, axis=(1, 2)), normalized(ov, axis=(1, 2))
+    size = largest * np.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
     spectrum = head_spectrum(s)
     # Add the query frequency -u to u; 0 and p/2 have no partner.
     folded = spectrum[:, u] + spectrum[:, -u] * (u != -u % s.shape[1])[:, None]
     spectra = (folded.sum(axis=1), power_spectrum(ov.transpose(0, 2, 1)).sum(axis=1),
                power_spectrum(ov).sum(axis=1))  # [H, p // 2 + 1] of keys, tokens, classes
     zeta, token, by_class = (x.argmax(axis=1) for x in spectra)
-    shares = [x[each, zeta] / np.maximum(x.sum(axis=1), TINY) for x in spectra]
+    shares = [x[each, zeta] / np.maximum(x.sum(axis=1), 1) for x in spectra]
     keys = np.argsort(folded.sum(axis=1), axis=1)[:, -2:]  # the two strongest frequencies
     queries = np.argsort(folded.sum(axis=2), axis=1)[:, -2:]
     block = folded[each[:, None, None], queries[:, :, None], keys[:, None]].sum(axis=(1, 2))
-    size = np.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
     live, least = size >= 0.05 * size.max(), np.min(shares, axis=0)
     used = live & (least > 0.5)
     measures = {"key_share": shares[0], "token_share": shares[1], "class_share": shares[2],
-                "block_share": block / np.maximum(folded.sum(axis=(1, 2)), TINY)}
+                "block_share": block / np.maximum(folded.sum(axis=(1, 2)), 1)}
     return {"frequency": zeta, "token_frequency": token, "size": size, "live": live, **measures,
             "same": (zeta == token) & (zeta == by_class), "single": live & (least > 0.95),
             "used": used, "summary": {
@@ -1088,7 +1237,7 @@ def ablate_heads(params):
     """The causal check: each head with S_h at its key frequency and OV_h at its token frequency
     alone, and each without them. Both keep the mean token of OV_h, which adds a constant.
 
-    -> restricted, excluded: functions of inputs a [n, k] that give logits [n, p]."""
+    -> restricted, excluded: networks, functions of inputs like those of network_of."""
     measures = head_spectra(params)
     s, ov = map(to_host, head_circuits(params["E"], [params[name] for name in HEADS])[:2])
     keys = at_frequency(s, measures["frequency"][:, None])
@@ -1097,9 +1246,13 @@ def ablate_heads(params):
 
     def network(s, ov):
         s, ov = xp.asarray(s), xp.asarray(ov)
-        return lambda a: attend(s, ov, params["b"], a)[0]
+        return lambda a: attend(s, ov, params["b"], a)
 
     return network(keys, tokens + ov.mean(axis=1, keepdims=True)), network(s - keys, ov - tokens)
+
+
+MODELS["attention"] = Model(attention_settings, init_attention, attention, head_spectra,
+                            attention_step, symmetric=True, pieces=4)
 
 
 # ---- Transformers of whole blocks (Figure 4), after Power et al. 2022 ----------------------------
@@ -1214,6 +1367,7 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
     hidden=True: -> [n, f], the activations of the last block's MLP at the last position."""
     token, unembed = params["E"], params["W_U"]
     layers = sum(name.startswith("W_Q ") for name in params)
+    a = modulo(a, len(token), len(params["P"]))
     x, tape = token[a] + params["P"], []
     for i in range(1, layers + 1):
         read, forward = ([f"{name} {i}" for name in part] for part in (ATTENTION, FORWARD))
@@ -1243,12 +1397,13 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
 
 
 def transformer_settings(k=2, p=97, layers=2, **_):
-    """The settings of a transformer, a dict: a light model, by AdamW with clipping. (--figure 4
-    takes the published size, the paper's betas and no clipping instead.)
+    """The settings of a transformer, a dict: a light model. (--figure 4 takes the published size,
+    the paper's betas and no clipping instead.)
 
-    With decay 1 some seeds do not reach a test accuracy of 99% at k=2 p=97 within these steps. A
-    long momentum, and the gradient clipped to norm clip, keep the accuracy at k=2 and 3 from
-    falling after it has reached 99%."""
+    weight_decay: with half of it some seeds of k=2 p=97 do not reach a test accuracy of 99% within
+    these steps. A long momentum, and the gradient clipped to norm clip, keep the accuracy at k=2
+    and 3 from falling after it has reached 99%."""
+    check_size(k, p)
     return {"k": k, "p": p, "layers": layers, "heads": 4, "d_head": 16, "d_model": 64, "d_ff": 256,
             "split": "random", "train_fraction": 0.5, "steps": 2500, "batch": 512, "lr": 1e-3,
             "hold": 0.5, "init_std": 0.5, "betas": [0.98, 0.98], "eps": 1e-8, "weight_decay": 2,
@@ -1257,197 +1412,335 @@ def transformer_settings(k=2, p=97, layers=2, **_):
 
 def clipped(grads, most):
     """The gradients; if the norm of all of them together exceeds most, scaled down to that."""
-    total = xp.sqrt(sum((d * d).sum() for d in grads.values())) + TINY
-    return {name: d * (most / total).clip(None, 1) for name, d in grads.items()}
+    total = xp.sqrt(sum((d * d).sum() for d in grads.values()))
+    scale = (most / (total + (total == 0))).clip(None, 1)
+    return {name: scale * d for name, d in grads.items()}
 
 
-def neuron_shares(x):  # [p, .., p, f] -> [f]
-    """The share of a function's variance that one frequency holds; x: f functions on Z_p^k. It is 1
-    for cos(2 pi zeta a_1/p) cos(2 pi zeta a_2/p).
-
-    For each zeta, add the power of all entries of the DFT whose k indices are each 0, zeta or -zeta
-    (not all 0). The largest of these sums over zeta, divided by that of all entries; 0 for a
-    constant.
-
-    At k = 2 this is the measure of Nanda et al. 2023 (arXiv 2301.05217)."""
-    p, axes = len(x), tuple(range(x.ndim - 1))
-    spectrum = np.abs(np.fft.fftn(x, axes=axes)) ** 2
-    rounding = 1e-24 * spectrum[(0,) * len(axes)]  # what it leaves of a constant
-    spectrum[(0,) * len(axes)] = 0
-    at = [spectrum[np.ix_(*[sorted({0, zeta, p - zeta})] * len(axes))].sum(axis=axes)
-          for zeta in range(1, p // 2 + 1)]
-    return np.max(at, axis=0) / np.maximum(spectrum.sum(axis=axes), rounding + TINY)
+def transformer_step(run):
+    """plain_step with clipped gradients."""
+    config, a = run.config, next_batch(run)
+    loss, grads = loss_and_gradients(network_of(config, run.params), a)
+    update(run, loss, clipped(grads, config["clip"]), config["weight_decay"])
 
 
-def transformer_neurons(params):  # -> [p, .., p, f]
-    """The activations of the last block's MLP at the last position, on all of D_p, on the host."""
-    p, k = len(params["E"]), len(params["P"])
-    parts = [to_host(transformer(params, a, hidden=True))
-             for a in pieces(all_inputs(k, p), 4 * PIECE)]
-    return np.concatenate(parts).reshape((p,) * k + (-1,))
+def neuron_shares(layer, k, p):
+    """The share of a neuron's variance over D_p that one frequency holds, for each neuron of a
+    layer: 1 for cos(2 pi zeta a_1/p) cos(2 pi zeta a_2/p), 0 for a constant.
+
+    layer: a function of inputs [n, k] -> activations [n, f]. -> share [f], active [f]: whether the
+    neuron is ever different from 0; both on the host.
+
+    One frequency zeta means all products of functions of a_1 to a_k, each of them 1 or the cosine
+    or the sine of frequency zeta, but not the constant. The share is that of the projection onto
+    the space of these, for the zeta for which it is largest. At k = 2 this is the measure of Nanda
+    et al. 2023 (arXiv 2301.05217). It is taken by a product with these functions, piece by piece,
+    because a DFT needs the activations on all of D_p at once: 10 GiB at k=3 p=97."""
+    def of_piece(a):
+        x = to_host(layer(a)).astype("float64")
+        bases = [single_frequency_basis(a, zeta, p) for zeta in range(1, p // 2 + 1)]
+        return np.stack([basis.T @ x for basis in bases]), (x**2).sum(axis=0)
+
+    coefficients = total = 0.0
+    for piece_coefficients, piece_total in over_pieces(of_piece, all_inputs(k, p)):
+        coefficients, total = coefficients + piece_coefficients, total + piece_total
+    power = coefficients**2  # [p // 2, 3^k, f]; entry 0 of the 3^k is the constant
+    variance = total - power[0, 0]
+    constant = variance <= 1e-12 * total  # but for rounding
+    share = power[:, 1:].sum(axis=1).max(axis=0) / np.where(constant, 1, variance)
+    return np.where(constant, 0, share), total > 0
 
 
-# ---- Runs: settings, one step, progress, and one .npz file each ----------------------------------
+def single_frequency_basis(a, zeta, p):  # [n, k] -> [n, 3^k]
+    """All products of k functions, of a_1 to a_k, out of 1, cos(2 pi zeta a_j/p), sin(..), scaled
+    so that over D_p they are orthonormal; the constant first."""
+    angle = 2 * np.pi * zeta * a / p
+    scale = 1 if 2 * zeta == p else math.sqrt(2)  # at p/2 the cosine is +-1, the sine 0
+    one = np.stack([np.ones(a.shape), scale * np.cos(angle), scale * np.sin(angle)], axis=2)
+    one /= math.sqrt(p)  # [n, k, 3]
+    basis = one[:, 0]
+    for j in range(1, a.shape[1]):
+        basis = (basis[:, :, None] * one[:, j, None]).reshape(len(a), -1)
+    return basis
 
-FORMAT = "fourier-circuits run, format 5"
-GROUPS = "params", "first", "second"
 
-MODELS = {  # settings, first weights, network, what is measured of the weights
-    "mlp": (mlp_settings, init_mlp, mlp, neuron_spectra),
-    "attention": (attention_settings, init_attention, attention, head_spectra),
-    "transformer": (transformer_settings, init_transformer, transformer, None)}
+def transformer_measures(params):
+    """Nothing: the measures of a transformer are of its activations, see neuron_shares."""
+    return {"summary": {}}
 
-CHOICES = {"model": tuple(MODELS), "activation": ("power", "relu"), "fast": (False, True),
-           "max_margin": (False, True), "control_variate": ("on", "off"),
-           "split": ("random", "orbits"), "dtype": ("float32", "float64")}
 
-NUMBERS = {  # the kind of number, the smallest, the largest
-    "k": (int, 2, 200), "p": (int, 2, 10**9), "seed": (int, 0, 2**63),
-    "train_fraction": (float, 0, 1), "steps": (int, 1, 10**9), "batch": (int, 1, 2**30),
-    "lr": (float, 0, 1e3), "weight_decay": (float, 0, 1e6), "eps": (float, 0, 1),
-    "init_std": (float, 1e-9, 1e6), "hold": (float, 0, 0.99), "m": (int, 1, 10**9),
-    "equal": (float, 0, 0.99), "penalty": (float, 0, 1e6), "penalty_power": (float, 1, 16),
-    "layers": (int, 1, 100), "heads": (int, 1, 10**6), "d_head": (int, 1, 10**6),
-    "d_model": (int, 1, 10**6), "d_ff": (int, 1, 10**6), "final_decay": (float, 0, 1),
-    "clip": (float, 1e-9, 1e9), "beta": (float, 0, 0.999999)}
+MODELS["transformer"] = Model(transformer_settings, init_transformer, transformer,
+                              transformer_measures, transformer_step)
+
+
+# ==================================================================================================
+# Part 3: beyond the paper
+# ==================================================================================================
+
+
+# ---- A control variate for the gradient ----------------------------------------------------------
+#
+# At a large k most of a batch's gradient is noise, so that plain training needs a large batch. The
+# data are a whole group, and this gives another estimate of the same gradient with less noise.
+#
+# Let v_j = u_j(a_j), y = a_1 + .. + a_k, and w~_i(y) = w_i(y) - mean over c of w_i(c). Then over
+# all of D_p, for any weights,
+#
+#     R = mean over a of sum_i rest_i(a) w~_i(y) = 0,     rest = (v_1 + .. + v_k)^k - k! v_1 .. v_k.
+#
+# 1. Expand the power. If a monomial lacks some v_j, average over a_j first: only w~_i(y) depends on
+#    it, and its average over a_j is 0.
+# 2. The only monomial of degree k that has every v_j is v_1 .. v_k, and it is subtracted.
+#
+# On a batch R is not 0, but only noise: R is a control variate. While the logits are small,
+# cross-entropy is to first order
+#
+#     log p - mean over a of sum_i z_i^k w~_i(y),     z = v_1 + .. + v_k,
+#
+# so that the noise of R is in its gradient, too. It is most of the noise: at Gaussian weights the
+# mean square of z^k is 3, 11, 47, 205 times that of k! v_1 .. v_k at k = 2, 3, 4, 5. So the
+# gradient of coefficient * R is added to that of the cross-entropy. With coefficient 1 only the
+# gradient of the product term is left, to first order. As the network learns, the coefficient falls
+# to 0.
+#
+# On a training half the mean of R is not 0, so that this is not the gradient of that half's
+# cross-entropy: it is told that the data are a whole group.
+
+
+def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
+    """mlp (z^k), with a backward that adds the gradient of coefficient * R; n: inputs in the whole
+    batch, of which a is a piece."""
+    u, w = params["u"], params["w"]
+    k, p, _ = u.shape
+    a = modulo(a, p, k)
+    v = [u[j][a[:, j]] for j in range(k)]
+    h, power_backward = kth_power(sum(v), k)
+
+    def backward(dlogits):
+        eye = xp.eye(p, dtype=u.dtype)
+        onehot, right = eye[a], eye[labels(a, p)]
+        # R = mean of z^k w~(y): w~(y) = sum_c (1{c = y} - 1/p) w(c)
+        toward_right = coefficient / n * (right - 1 / p)
+        dlogits = dlogits + toward_right
+        dz = power_backward(dlogits @ w.T)
+        # R = .. - mean of k! v_1 .. v_k w~(y)
+        dproduct = -math.factorial(k) * toward_right  # by the logits of the product term alone
+        # The gradient by v_j needs the product of the other v: v_1 .. v_{j-1}, kept in begun, times
+        # v_{j+1} .. v_k, gathered in dbegun from j = k down. Multiplying them anew for each j would
+        # take 1.7 times as long at k=5.
+        begun = list(itertools.accumulate(v, xp.multiply))  # v_1, v_1 v_2, .., v_1 .. v_k
+        dw = h.T @ dlogits + begun[-1].T @ dproduct
+        dbegun = dproduct @ w.T  # by v_1 .. v_k; then by v_1 .. v_j, for j = k-1 .. 1
+        du = xp.empty_like(u)
+        for j in range(k - 1, 0, -1):
+            du[j] = onehot[:, j].T @ (dz + begun[j - 1] * dbegun)
+            dbegun *= v[j]
+        du[0] = onehot[:, 0].T @ (dz + dbegun)
+        return {"u": du, "w": dw}
+
+    return h @ w, backward
+
+
+def control_variate_settings(equal=0, **given):
+    """The settings of --control-variate, a dict: those of the plain rule, and equal, the share of
+    the steps, from the first on, in which all vectors are held at one size (standardize).
+
+    At the published sizes of k = 4 and 5 most neurons die without equal sizes, because the largest
+    win; at small sizes the plain rule alone gives more single-frequency neurons."""
+    return mlp_settings(**given) | {"equal": equal}
+
+
+def standardize(params, rms):
+    """Give each u_j and w of each neuron mean 0 and this root mean square, in place."""
+    for x in (params["u"], params["w"]):  # [k, p, m], [m, p]: axis 1 is a vector's
+        x -= x.mean(axis=1, keepdims=True)
+        x *= rms / xp.sqrt((x * x).mean(axis=1, keepdims=True))
+
+
+def control_variate_step(run):
+    """plain_step with the control variate; for the first steps of a run also with equal sizes.
+
+    The coefficient follows the loss of the step before, because one that depends on the batch that
+    it serves could add a bias."""
+    config, params, a = run.config, run.params, next_batch(run)
+    coefficient = (run.loss / math.log(config["p"])).clip(None, 1)
+    loss, grads = loss_and_gradients(
+        lambda piece: mlp_with_control_variate(params, piece, coefficient, len(a)), a)
+    update(run, loss, grads, config["weight_decay"])
+    if run.step <= config["equal"] * config["steps"]:
+        standardize(params, config["init_std"])
+
+
+MODELS["control_variate"] = MODELS["mlp"]._replace(settings=control_variate_settings,
+                                                   step=control_variate_step)
+
+
+# ---- Even p, which the paper leaves out; p = 2 is parity -----------------------------------------
+#
+# A neuron of the Nyquist frequency p/2 has vectors +-(-1)^a. Its power is not split between j and
+# p - j, so that for its norm it has 1/r times the class-weighted margin of a cosine neuron, where
+#
+#     r = 2^(-(k-1)/2).
+#
+# The largest normalized margin is (p-1)/(p-2+r) times that of the formula for odd p. In the proof
+# of Theorem 4.1 (see "the best network") only step 1 changes: instead of weighing all wrong classes
+# alike, give y + Delta the weight (2-r)/(p-2+r) if Delta is even and r/(p-2+r) if it is odd. These
+# add up to 1. In the margin that is weighted so each frequency j has the factor p/(p-2+r), and p/2
+# has r times that; then all frequencies give the same for their norm.
+
+
+def even_max_margin(k, p):
+    """gamma* for even p.
+
+    >>> even_max_margin(3, 2)  # parity: four neurons of norm 4^(-1/4), vectors +-(1, -1)
+    0.1875
+    """
+    r = 2 ** (-(k - 1) / 2)
+    odd = 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
+    return odd * (p - 1) / (p - 2 + r)
+
+
+def even_rotated_network(k, p):
+    """rotated_network for even p: (k+1) 2^(k-2) (p-2) neurons of the frequencies 1 .. p/2 - 1, and
+    2^(k-1) of p/2, where cos(x_j) = (-1)^a_j and nothing needs to be turned.
+
+    Of sum_i ||theta_i||^(k+1) = 1 the neurons of a pair j, p-j have 2/(p-2+r), those of p/2 have
+    r/(p-2+r), so that F(j, .., j, -j) is the same for every j != 0."""
+    r, nu, signs = 2 ** (-(k - 1) / 2), k + 1, half_of_all_signs(k)
+    pairs = cosine_network(k, p, *rotated_neurons(k))  # of norm 1
+    size = ((p - 2) / (p - 2 + r)) ** (1 / nu)
+    wave = (-1.0) ** np.arange(p) / math.sqrt(nu * p)
+    wave *= (r / (p - 2 + r) / len(signs)) ** (1 / nu)
+    u = signs.T[:, None] * wave[:, None]  # [k, p, 2^(k-1)]
+    w = signs.prod(axis=1)[:, None] * wave
+    return {"u": xp.concatenate([size * pairs["u"], xp.asarray(u)], axis=2),
+            "w": xp.concatenate([size * pairs["w"], xp.asarray(w)])}
+
+
+# ==================================================================================================
+# Part 4: settings and run files
+# ==================================================================================================
+
+
+# ---- Settings from outside -----------------------------------------------------------------------
+
+
+SETTINGS = {  # name: type, smallest and largest value or the choices, meaning
+    "model": (str, ("mlp", "attention", "transformer"), "mlp is the network of Eq. 2"),
+    "k": (int, (2, 200), "how many numbers to add"),
+    "p": (int, (2, 10**9), "the modulus"),
+    "m": (int, (1, 10**9), "neurons; the paper's network has 2^(2k-2) (p-1)"),
+    "activation": (str, ("power", "relu"), "of the mlp: z^k or max(z, 0)"),
+    "max_margin": (bool, (False, True), "train the mlp for the largest normalized margin, on all "
+                   "inputs, with a penalty"),
+    "control_variate": (bool, (False, True), "train the mlp by a gradient estimate with less "
+                        "noise, which uses that the data are a whole group"),
+    "equal": (float, (0, 0.99), "share of the steps, from the first on, in which all vectors are "
+              "held at one size; with --control-variate"),
+    "penalty": (float, (0, 1e6), "strength of sum_i ||theta_i||^(k+1); with --max-margin"),
+    "seed": (int, (0, 2**63), "of the split, the first weights and the batches"),
+    "split": (str, ("random", "orbits"), "orbits: inputs are drawn with all their permutations, so "
+              "that no permuted copy of a test input is trained on; attention's is always that, "
+              "with permutations of all numbers but the last"),
+    "train_fraction": (float, (0, 1), "share of all inputs to train on; of all orbits with --split "
+                       "orbits"),
+    "steps": (int, (1, 10**9), "training steps"),
+    "batch": (int, (1, 2**30), "inputs a step; all that are trained on if there are no more"),
+    "lr": (float, (0, 1e3), "AdamW's learning rate"),
+    "hold": (float, (0, 0.99), "share of the steps before the learning rate begins to fall"),
+    "betas": (float, (0, 0.999999), "AdamW's two decay rates"),
+    "eps": (float, (0, 1), "AdamW's smallest denominator"),
+    "weight_decay": (float, (0, 1e6), "AdamW's weight decay"),
+    "final_decay": (float, (0, 1), "factor on attention's weight decay once lr falls"),
+    "clip": (float, (1e-9, 1e9), "largest norm of a transformer's gradient"),
+    "init_std": (float, (1e-9, 1e6), "of the first weights; of attention and transformers in units "
+                 "of 1/sqrt(fan-in)"),
+    "layers": (int, (1, 100), "blocks of the transformer"),
+    "heads": (int, (1, 10**6), "attention heads of a layer"),
+    "d_head": (int, (1, 10**6), "width of a head"),
+    "d_model": (int, (1, 10**6), "width of a state"),
+    "d_ff": (int, (1, 10**6), "width of a block's MLP"),
+    "dtype": (str, ("float32", "float64"), "of the weights and all that is computed of them")}
 
 
 def checked(name, value):
     """The value of a setting. Raises BadInput if there is no such setting or no such value."""
-    flag = name.replace("_", "-")
-    if name in CHOICES:
-        if not any(type(value) is type(x) and value == x for x in CHOICES[name]):  # 1 is not True
-            raise BadInput(f"{flag} must be one of {', '.join(map(str, CHOICES[name]))}, "
-                           f"not {value!r}")
+    flag = str(name).replace("_", "-")
+    if name not in SETTINGS:
+        raise BadInput(f"{flag} = {value!r}: there is no such setting")
+    kind, allowed, _ = SETTINGS[name]
+    if kind in (str, bool):
+        if type(value) is not kind or value not in allowed:  # 1 is not True
+            raise BadInput(f"{flag} must be one of {', '.join(map(str, allowed))}, not {value!r}")
         return value
-    if name == "betas" and isinstance(value, (list, tuple)) and len(value) == 2:
-        return [checked("beta", x) for x in value]
-    if name not in NUMBERS:
-        raise BadInput(f"{flag} = {value!r}: there is no such setting, or it takes no such value")
-    kind, low, high = NUMBERS[name]
+    low, high = allowed
+    if name == "betas":
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise BadInput(f"{flag} must be two numbers, not {value!r}")
+        return [checked_number(flag, x, kind, low, high) for x in value]
+    return checked_number(flag, value, kind, low, high)
+
+
+def checked_number(flag, value, kind, low, high):
+    """value as a kind, int or float. Raises BadInput unless it is a number from low to high."""
     number = numbers.Integral if kind is int else numbers.Real
     if not isinstance(value, number) or isinstance(value, bool) or not low <= value <= high:
-        raise BadInput(f"{flag} must be a{' whole' if kind is int else ''} number from {low:g} to "
-                       f"{high:g}, not {value!r}")
+        raise BadInput(f"{flag} must be a{' whole' if kind is int else ''} number from {low} to "
+                       f"{high}, not {value!r}")
     return kind(value)
 
 
 def complete(given):
     """All settings of a run, a dict: those given, the others by the rule of its model.
 
-    complete({"k": 3, "p": 23, "fast": True}) is train.py --k 3 --p 23 --fast. Raises BadInput for a
-    setting out of range, or one that does not apply to the model or to the others, and for sizes
-    that do not fit in memory."""
+    complete({"k": 3, "p": 23, "control_variate": True}) is train.py --k 3 --p 23 --control-variate.
+    Raises BadInput for a setting out of range, or one that does not apply to the model or to the
+    others, and for sizes that do not fit in memory."""
     given = {name: checked(name, value) for name, value in given.items()}
-    model, fast, by_margin = (given.get(name) for name in ("model", "fast", "max_margin"))
-    if bool(fast) + bool(by_margin) + (given.get("activation") == "relu") > 1:
-        raise BadInput("fast, max-margin and activation relu exclude each other; choose one of "
-                       "them, or none")
-    rule = MODELS[model or "mlp"][0]
-    if rule is mlp_settings and (fast or by_margin):
-        rule = fast_settings if fast else max_margin_settings
-    config = {"model": "mlp", **rule(**given), "seed": 0, "dtype": "float32"}
-    for name in set(given) - set(config):
+    model = given.get("model", "mlp")
+    kinds = [kind for kind in ("max_margin", "control_variate") if given.get(kind)]
+    kinds += ["relu"] if given.get("activation") == "relu" else []
+    if len(kinds) > 1:
+        raise BadInput("max-margin, control-variate and activation relu exclude each other; choose "
+                       "one of them, or none")
+    config = {"model": model}
+    if model == "mlp":
+        config |= {"max_margin": False, "control_variate": False}
+    rule = MODELS[kinds[0] if kinds and model == "mlp" else model].settings
+    config |= {**rule(**given), "seed": 0, "dtype": "float32"}
+    for name in sorted(set(given) - set(config)):
         raise BadInput(f"{name.replace('_', '-')} does not apply to this model and rule of "
                        "training (see --help); leave it out")
     config |= given
     if model == "attention" and config["split"] != "orbits":
         raise BadInput("attention cannot see the order of its inputs: its split is always orbits")
-    check_size(config["k"], config["p"], config.get("m", 1))
-    # Weights with gradient and moments, and attention's S and OV of all heads: see check_size.
-    p, layers, heads, e, d, f = (config.get(x, 0) for x in (
-        "p", "layers", "heads", "d_head", "d_model", "d_ff"))
-    weights = max(layers, 1) * (4 * heads * e * d + 2 * d * f)
-    tables = 0 if layers else 2 * heads * p**2
-    if 16 * (weights + tables) > MAX_BYTES:
-        raise BadInput("too large: weights and attention matrices of all heads exceed "
-                       f"{MAX_BYTES // 2**30} GiB; take fewer or smaller heads or layers")
+    check_memory(config)
     return config
 
 
-def network_pieces(config, params, a=None):
-    """The network on inputs a [n, k], or on all of D_p in order (None), in pieces: larger ones for
-    attention and transformers, whose arrays are small at their usual sizes.
-
-    -> an iterator of (inputs, logits, backward) of each piece."""
-    if config["model"] == "mlp":
-        return mlp_pieces(params, a, config["activation"])
-    _, _, network, _ = MODELS[config["model"]]
-    a = all_inputs(config["k"], config["p"]) if a is None else a
-    return ((piece, *network(params, piece)) for piece in pieces(a, 4 * PIECE))
-
-
-@dataclass(eq=False)
-class Run:
-    """A training run: all that its file holds, and so all that its next step depends on. index, the
-    indices of the inputs to train on (see digits), follows from train."""
-    config: dict
-    params: dict
-    first: dict  # AdamW's moments
-    second: dict
-    train: np.ndarray  # bool [p^k], see split
-    coefficient: float = 1.0  # of the control variate, for the next batch
-    step: int = 0
-    seconds: float = 0.0
-    history: list = field(default_factory=list)  # one dict per line of progress
-
-    def __post_init__(self):
-        train, k, p = self.train, self.config["k"], self.config["p"]
-        if self.config["model"] == "attention":  # one input of each orbit
-            train = train & (orbits(k, p, k - 1) == np.arange(p**k))
-        self.index = np.flatnonzero(train)
+def check_memory(config):
+    """Raise BadInput unless D_p, the weights, and what is computed of a piece fit in memory."""
+    k, p, m, layers, heads, e, d, f = (config.get(x, 0) for x in (
+        "k", "p", "m", "layers", "heads", "d_head", "d_model", "d_ff"))
+    check_size(k, p, m or 1)
+    weights = max(layers, 1) * (4 * heads * e * d + 2 * d * f) + (p + k) * d
+    if heads and not layers:
+        weights += 2 * heads * p**2  # attention's S and OV of all heads
+    # What the backward of one input keeps: u_j(a_j) and about as many more for each neuron; of each
+    # block queries, keys, values, what is read, and attention between all places.
+    input_numbers = 2 * k * m + max(layers, 1) * k * (4 * heads * e + 2 * f + k * heads) + 4 * k * p
+    piece = MODELS[config["model"]].pieces * PIECE
+    if max(16 * weights, 4 * piece * input_numbers) > MAX_BYTES:
+        raise BadInput("too large: the weights, attention matrices, or what is computed of "
+                       f"{piece} inputs exceed {MAX_BYTES // 2**30} GiB; take a smaller m or p, "
+                       "or fewer or smaller heads or layers")
 
 
-def new_run(config):
-    """A run at step 0."""
-    k, p, orbit = config["k"], config["p"], None
-    if config["split"] == "orbits":  # attention's last number, the query, has its own place
-        orbit = orbits(k, p, k - 1 if config["model"] == "attention" else k)
-    train = split(k, p, config["train_fraction"], stream(config, 0), orbit)
-    _, init, _, _ = MODELS[config["model"]]
-    params = init(stream(config, 1), **config)
-    moments = [{name: xp.zeros_like(x) for name, x in params.items()} for _ in range(2)]
-    return Run(config, params, *moments, train)
+# ---- Run files: one .npz file each ---------------------------------------------------------------
 
 
-def train_step(run):
-    """One step: a random batch, the gradient of its cross-entropy, AdamW. That is all for a plain
-    MLP; by a run's settings also the penalty of --max-margin, clipping (transformers), or a decay
-    that depends on the loss (attention)."""
-    config, params = run.config, run.params
-    if config.get("fast"):
-        return fast_step(run)
-    a = next_batch(run)
-    loss, grads, _ = loss_and_gradients(network_pieces(config, params, a), len(a))
-    decay = config["weight_decay"]
-    if config.get("max_margin"):
-        grads = penalized(params, grads, config)
-    if "clip" in config:
-        grads = clipped(grads, config["clip"])
-    if "final_decay" in config:  # attention's decay, see attention_settings
-        falling = run.step >= config["hold"] * config["steps"]
-        decay *= gate(loss, config["p"]) * (config["final_decay"] if falling else 1)
-    update(run, grads, learning_rate(config, run.step), decay)
-
-
-def progress(run):
-    """A line of history: loss and accuracy on up to 4096 fixed inputs of the training part and of
-    the test part (attention's training part has all orders of what it trains on); circuit_share, on
-    the test inputs (if there are none, on the training inputs); the measures of the weights. In a
-    max-margin run also the normalized margin over gamma*, on all of D_p."""
-    config, params = run.config, run.params
-    k, p = config["k"], config["p"]
-    line, rng = {"step": run.step}, stream(config, 3)
-    for name, part in (("train", run.train), ("test", ~run.train)):
-        a = sample_inputs(np.flatnonzero(part), k, p, rng, 4096)
-        seen = evaluate(network_pieces(config, params, a)) if len(a) else {}
-        line |= {f"{name}_loss": seen.get("loss"), f"{name}_accuracy": seen.get("accuracy"),
-                 "circuit_share": seen.get("circuit_share", line.get("circuit_share"))}
-    _, _, _, spectra = MODELS[config["model"]]
-    line |= spectra(params)["summary"] if spectra else {}
-    if config.get("max_margin"):
-        line["margin_ratio"] = normalized_margin(params) / max_margin(k, p)
-    return line
+FORMAT = "fourier-circuits run, format 6"
+GROUPS = "params", "first", "second"
 
 
 @contextlib.contextmanager
@@ -1456,20 +1749,22 @@ def whole_file(path, keep=True):
 
     keep=False: it is deleted instead; this shows whether writing would work. Raises BadInput if it
     does not."""
-    path = os.path.realpath(path)  # a link stays a link
-    part = os.path.join(os.path.dirname(path), f".{os.getpid()}-{secrets.token_hex(4)}.part")
+    real = os.path.realpath(path)  # a link stays a link
+    part = os.path.join(os.path.dirname(real), f".{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with contextlib.suppress(FileNotFoundError):
-            # Opened only to see whether we may write; a pipe would wait but for NONBLOCK.
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            # Opened only to see whether we may write; a pipe would wait but for O_NONBLOCK, which
+            # Windows does not have.
+            os.close(os.open(real, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)))
         with open(part, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if keep:
-            os.replace(part, path)
+            os.replace(part, real)
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; choose another place") from None
+        raise BadInput(f"cannot write {path}: {error.strerror or error}; choose another place"
+                       ) from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(part)
@@ -1480,10 +1775,10 @@ def save_run(path, run, keep=True):
 
     Raises BadInput if it does not, or if the file holds another run, or more of this one."""
     meta = {"format": FORMAT, "config": run.config, "step": run.step, "seconds": run.seconds,
-            "coefficient": float(run.coefficient), "history": run.history}
+            "history": run.history}
     arrays = {f"{group} {name}": to_host(x) for group in GROUPS
               for name, x in getattr(run, group).items()}
-    arrays |= {"train": run.train, "meta": np.array(json.dumps(meta))}
+    arrays |= {"train": run.train, "loss": to_host(run.loss), "meta": np.array(json.dumps(meta))}
     with whole_file(path, keep) as file:
         np.savez(file, **arrays)
         if keep and os.path.exists(path):  # the last look before it is replaced
@@ -1499,21 +1794,33 @@ def load_run(path):
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}  # checks their CRC
-        meta = json.loads(str(arrays["meta"]))
-        if meta.pop("format") != FORMAT:
-            raise ValueError
-        groups = {group: {name.removeprefix(f"{group} "): xp.asarray(x) for name, x in
-                          arrays.items() if name.startswith(f"{group} ")} for group in GROUPS}
-        run = Run(**meta, **groups, train=arrays["train"])
-        config, train = run.config, run.train
-        _, init, _, _ = MODELS[config["model"]]
-        shapes = [{name: x.shape for name, x in weights.items()} for weights in (
-            init(stream(config, 1), **config), run.params, run.first, run.second)]
-        if shapes != shapes[:1] * 4 or train.shape != (config["p"] ** config["k"],):
-            raise ValueError
-        return run
+        return run_of_arrays(arrays)
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or 'not a run file'}") from None
     except Exception:  # a damaged or foreign file fails in many ways
         raise BadInput(f"{path} is not a run file of this version, or it is damaged; "
                        "give another file") from None
+
+
+def run_of_arrays(arrays):
+    """The run in the arrays of a file. Raises some error unless they are those of save_run."""
+    meta = json.loads(str(arrays.pop("meta")))
+    if meta.pop("format") != FORMAT or complete(meta["config"]) != meta["config"]:
+        raise ValueError
+    groups = {group: {} for group in GROUPS}
+    train, loss = arrays.pop("train"), arrays.pop("loss")
+    for name, x in arrays.items():
+        group, _, weight = name.partition(" ")
+        groups[group][weight] = x
+    config = meta["config"]
+    expected = {name: (x.shape, x.dtype) for name, x in
+                model_of(config).init(stream(config, 1), **config).items()}
+    for weights in groups.values():
+        if {name: (x.shape, x.dtype) for name, x in weights.items()} != expected:
+            raise ValueError
+    size, dtype = (config["p"] ** config["k"],), np.dtype(config["dtype"])
+    if (train.shape, train.dtype, loss.shape, loss.dtype) != (size, np.dtype(bool), (), dtype):
+        raise ValueError
+    groups = {group: {name: xp.asarray(x) for name, x in weights.items()}
+              for group, weights in groups.items()}
+    return Run(**meta, **groups, train=train, loss=xp.asarray(loss))

@@ -1,10 +1,9 @@
 """Train a network to add k numbers modulo p and report the Fourier circuit that it became.
 
     python train.py --k 3 --p 23                    the circuit, by textbook AdamW: 10 seconds
-    python train.py --k 3 --p 23 --fast             the same by our fast rule: 5 seconds
     python train.py --k 3 --p 23 --max-margin       the largest normalized margin: one minute
     python train.py --k 4 --p 47 --batch 16384      Figure 1 by textbook AdamW: up to an hour
-    python train.py --figure 1                      Figures 1, 5, 7 by the fast rule: minutes
+    python train.py --figure 1                      Figures 1, 5, 7 with a control variate: minutes
     python train.py --model attention               one layer of attention, k = 3, p = 31: 100 s
     python train.py --figure 3                      Figures 3, 9, 10: 2 to 5 minutes
     python train.py --model transformer             two blocks, k = 2, p = 97, grokking: 1 minute
@@ -25,15 +24,22 @@ import sys
 import threading
 import time
 
+if __name__ == "__main__":  # before numpy is imported: see use_machine
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 import numpy as np
 
 import fourier_circuits as fc
-from analyze import Parser, print_report, report, run_main, share
+from analyze import (Parser, add_machine, complain, print_report, report, run_main, share,
+                     use_machine)
 
 # The published sizes; Figures 2, 6, 8 show 1, 5, 7 again. How Figures 1 to 8 were trained is not
-# published in full: here 1, 5, 7 train by --fast, and 4 has the paper's betas and clips nothing.
-FIGURES = {1: {"k": 4, "p": 47, "fast": True}, 5: {"k": 3, "p": 97, "fast": True},
-           7: {"k": 5, "p": 23, "fast": True}}
+# published in full: here 1, 5, 7 train with a control variate and equal sizes, and 4 has the
+# paper's betas and clips nothing.
+EQUAL = {"control_variate": True, "equal": 0.6}
+FIGURES = {1: {"k": 4, "p": 47, **EQUAL}, 5: {"k": 3, "p": 97, **EQUAL},
+           7: {"k": 5, "p": 23, **EQUAL}}
 FIGURES |= {2: FIGURES[1], 6: FIGURES[5], 8: FIGURES[7]}
 FIGURES |= {figure: {"model": "attention", "k": k, "p": p}
             for figure, k, p in ((3, 4, 31), (9, 3, 61), (10, 5, 17))}
@@ -41,50 +47,115 @@ FIGURES[4] = {"model": "transformer", "k": 2, "heads": 160, "d_head": 32, "d_mod
               "d_ff": 512, "weight_decay": 1e-3, "betas": [0.9, 0.98], "clip": 1e9}
 FIGURE_4_P = {2: 97, 3: 31, 4: 11, 5: 5}
 
-NUMBERS = {  # the flags for numbers; their ranges stand in fc.NUMBERS
-    "k": "numbers to add", "p": "modulus", "train_fraction": "share of all inputs to train on",
-    "steps": "training steps", "batch": "inputs a step, all of them at most",
-    "lr": "AdamW's learning rate", "weight_decay": "AdamW's weight decay",
-    "init_std": "of the first weights; a transformer's in 1/sqrt(fan-in)",
-    "seed": "of the split, the first weights and the batches",
-    "m": "neurons, 2^(2k-2) (p-1) in the paper",
-    "equal": "share of the steps in which all vectors have one size",
-    "penalty": "strength of the penalty ||theta||^penalty-power (Def. 3.1)",
-    "penalty_power": "1 is the paper's; k+1 makes it sum_i ||theta_i||^(k+1)",
-    "layers": "blocks of the transformer", "heads": "attention heads of a layer",
-    "d_head": "width of a head", "d_model": "width of a state", "d_ff": "width of a block's MLP"}
+# ---- Training ------------------------------------------------------------------------------------
 
 
-def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--model", choices=fc.CHOICES["model"], help="default mlp, the network of Eq. 2")
-    add("--figure", type=int, choices=sorted(FIGURES), help="the published sizes of that figure, "
-        "not the published optimiser: 1, 2, 5-8 train by --fast; other numbers override")
-    add("--fast", action="store_true", help="train the mlp by our fast rule: a control variate, "
-        "which uses that the data are a group, equal sizes, a penalty")
-    add("--max-margin", action="store_true",
-        help="train the mlp on all inputs for the largest normalized margin")
-    rules = {"mlp": {}, "fast": {"fast": True}, "max-margin": {"max_margin": True},
-             "attention": {"model": "attention"}, "transformer": {"model": "transformer"}}
-    rules = {name: fc.complete(given) for name, given in rules.items()}  # from k and p
-    for name, meaning in NUMBERS.items():
-        defaults = ", ".join(f"{model} {rule[name]:.4g}" for model, rule in rules.items()
-                             if name in rule)
-        add(f"--{name.replace('_', '-')}", type=fc.NUMBERS[name][0],
-            help=f"{meaning} (default {defaults})")
-    add("--split", choices=fc.CHOICES["split"], help="orbits: no permuted copy of a test input is "
-        "trained on; attention's is always that; default random")
-    add("--dtype", choices=fc.CHOICES["dtype"], help="default float32")
-    add("--activation", choices=fc.CHOICES["activation"], help="of the mlp; default power: z^k")
-    add("--control-variate", choices=fc.CHOICES["control_variate"], help="of --fast; default on")
-    add("--device", choices=("cpu", "gpu"), default="cpu", help="default cpu")
-    add("--out", metavar="FILE", help="run file (default: named after model, k, p, seed)")
-    add("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
-    add("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
-    add("--benchmark", action="store_true", help="time the step, then stop")
-    return vars(parser.parse_args(argv))
+def train(run, guard):
+    """Train to the last step. What can happen on the way is guard's to handle."""
+    config = run.config
+    every = max(1, config["steps"] // (100 if config["model"] == "transformer" else 50))
+    while run.step < config["steps"]:
+        fc.train_step(run)
+        if run.step % every == 0 or run.step == config["steps"]:
+            line = fc.progress(run)
+            run.history.append(line)
+            guard.show(line, every)
+        guard.after_step()
+
+
+class Guard:
+    """What is around the loop, in a with statement: it shows progress, looks for overflow, saves,
+    and stops the run where a signal asks for it or nobody reads the output any more.
+
+    saving: whether to save on the way; not so where the finished run is there already."""
+
+    def __init__(self, run, out, save_every, again, saving):
+        self.run, self.out, self.save_every = run, out, save_every
+        self.again, self.saving = again, saving
+        self.saved = None  # the step of the last save
+        self.output_error = None
+        self.progress = Progress(run)
+
+    def __enter__(self):
+        self.signals = stop_signals()
+        self.received = self.signals.__enter__()
+        self.began = time.monotonic() - self.run.seconds
+        return self
+
+    def __exit__(self, *error):
+        self.progress.close()
+        self.signals.__exit__(*error)
+
+    def show(self, line, every):
+        """Show a line of progress. Raises BadInput if the loss or the weights overflowed."""
+        finite = all(fc.xp.isfinite(x).all() for x in self.run.params.values())
+        if not finite or not math.isfinite(line["train_loss"]):
+            raise fc.BadInput(f"the {'loss' if finite else 'weights'} overflowed by step "
+                              f"{self.run.step}; try {smaller(self.run.config)}")
+        try:
+            self.progress.show(line, every)
+        except OSError as error:
+            self.output_error = error
+
+    def after_step(self):
+        """Save if that is due; leave if that is asked for."""
+        run = self.run
+        run.seconds = time.monotonic() - self.began
+        if run.step == run.config["steps"]:
+            return
+        if self.received or self.output_error:
+            self.stop()
+        elif self.saving and self.save_every and run.step % self.save_every == 0:
+            try:
+                fc.save_run(self.out, run)
+                self.saved = run.step
+            except fc.BadInput as error:
+                self.progress.close()
+                complain(f"warning: {error}; the run goes on, {self.kept()}")
+
+    def stop(self):
+        """Save and leave. Raises SystemExit, or BadInput if it cannot be saved, or OSError if it
+        was the output that failed."""
+        text = f"stopped at step {self.run.step}; {self.out} keeps the finished run"
+        if self.saving:
+            self.save_or_say()
+            text = f"stopped at step {self.run.step} and saved; go on with\n  {self.again}"
+        if self.output_error:
+            raise self.output_error
+        self.progress.close()
+        print(text)
+        sys.exit(128 + self.received[0])
+
+    def save_or_say(self):
+        """Save the run, or beside its place if something else came to be there. Raises BadInput
+        that says what is there, if it could not be saved in its place."""
+        try:
+            return fc.save_run(self.out, self.run)
+        except fc.BadInput as error:
+            problem = error
+        try:
+            beside = f"{self.out}.{os.getpid()}.npz"
+            fc.save_run(beside, self.run)
+        except fc.BadInput:
+            raise fc.BadInput(f"{problem}; {self.kept()}") from None
+        raise fc.BadInput(f"{problem}; saved to {beside}")
+
+    def kept(self):
+        """What of the run is in its file."""
+        if self.saved is None:
+            return "nothing of it is saved"
+        return f"its save of step {self.saved} is kept; once that works again, go on with " \
+               f"{self.again}"
+
+
+def smaller(config):
+    """What to make smaller where a run overflows: what is above its default, or else lr."""
+    given = {name: config[name] for name in ("model", "k", "p", "activation", "max_margin",
+                                             "control_variate") if name in config}
+    usual = fc.complete(given)
+    names = [name for name in ("lr", "weight_decay", "init_std", "penalty")
+             if name in config and config[name] > usual[name]]
+    return "a smaller " + " or ".join(f"--{name.replace('_', '-')}" for name in names or ["lr"])
 
 
 MEASURES = {  # of a run's state, in a line of progress
@@ -116,8 +187,9 @@ class Progress:
         for name, form in MEASURES.items():
             if name in line:
                 text += "  " + form.format(line[name])
-        if self.live:
-            text = "\r" + text[:shutil.get_terminal_size().columns - 1]
+        if self.live:  # to the end of the line, so that nothing is left of a longer one
+            width = shutil.get_terminal_size().columns - 1
+            text = "\r" + text[:width].ljust(width)
         self.open = self.live and not last
         print(text, end="" if self.open else "\n", flush=True)
 
@@ -125,7 +197,8 @@ class Progress:
         """What is printed next begins on a line of its own."""
         if self.open:
             self.open = False
-            print(flush=True)
+            with contextlib.suppress(OSError):
+                print(flush=True)
 
 
 @contextlib.contextmanager
@@ -145,6 +218,91 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+# ---- The benchmark -------------------------------------------------------------------------------
+
+
+def benchmark(config):
+    """Print the time of a step, and for the plain MLP that of a step with the control variate."""
+    gpu = fc.xp is not np
+    runs = {"step": fc.new_run(config)}
+    if fc.model_of(config) is fc.MODELS["mlp"]:
+        runs["control variate"] = fc.new_run(config | {"control_variate": True, "equal": 0})
+    times = {name: [] for name in runs}
+    for name, run in runs.items():
+        end = time.monotonic() + 10 / len(runs)
+        while len(times[name]) < 20 or time.monotonic() < end and len(times[name]) < 200:
+            run.step = config["steps"] // 2
+            began = time.perf_counter()
+            fc.train_step(run)
+            if gpu:
+                fc.xp.cuda.Device().synchronize()
+            times[name].append(1000 * (time.perf_counter() - began))
+    device = f"the CPU, threads: {fc.THREADS}"
+    if gpu:
+        device = fc.xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    sizes = ", ".join(f"{x} = {config[x]}" for x in ("k", "p", "m", "layers", "heads", "d_head",
+                                                     "d_model", "d_ff") if x in config)
+    n = min(config["batch"], len(runs["step"].index))
+    print(f"{sizes}, batch {n}, {config['dtype']}, {len(times['step']) - 3} steps on {device}")
+    for name, taken in times.items():
+        print(f"  {name:18s} {statistics.median(taken[3:]):9.2f} ms (median)")
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"  peak memory        {peak / 2**(20 if sys.platform == 'darwin' else 10):9.0f} MiB")
+    if gpu:
+        used = fc.xp.get_default_memory_pool().total_bytes()
+        print(f"  GPU memory         {used / 2**20:9.0f} MiB")
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--figure", type=int, choices=sorted(FIGURES), help="the published sizes of that figure, "
+        "not the published optimiser; other flags override")
+    for name, (kind, allowed, meaning) in fc.SETTINGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            add(flag, action="store_true", help=meaning)
+        else:
+            add(flag, type=kind, choices=allowed if kind is str else None,
+                nargs=2 if name == "betas" else None, help=f"{meaning}; default {defaults(name)}")
+    add_machine(parser)
+    add("--out", metavar="FILE", help="run file (default: named after model, k, p, seed)")
+    add("--save-every", type=int, default=0, metavar="STEPS", help="default: at the end only")
+    add("--resume", metavar="FILE", help="go on with a saved run, to FILE unless --out is given")
+    add("--benchmark", action="store_true", help="time the step, then stop")
+    return vars(parser.parse_args(argv))
+
+
+RULES = {"mlp": {}, "control-variate": {"control_variate": True}, "max-margin": {
+    "max_margin": True}, "attention": {"model": "attention"}, "transformer": {
+    "model": "transformer"}}
+
+
+def defaults(name):
+    """The default values of a setting, in words: of each rule of training that has it, and for
+    which k and p if it depends on them."""
+    if name == "model":
+        return "mlp"
+    rules_of = {}
+    for rule, given in RULES.items():
+        config, other = fc.complete(given), fc.complete(given | {"k": 5, "p": 7})
+        if name in config:
+            value = config[name]
+            text = f"{value:.6g}" if isinstance(value, float) else f"{value}"
+            if other[name] != value and name not in ("k", "p"):
+                text += f" at k={config['k']} p={config['p']}"
+            rules_of.setdefault(text, []).append(rule)
+    if len(rules_of) == 1:
+        return next(iter(rules_of))
+    return ", ".join(f"{text} ({', '.join(rules)})" for text, rules in rules_of.items())
+
+
 def claim(out, run):
     """Refuse, before any work, an --out that holds something else than this very run, finished, or
     that cannot be written. -> whether the finished run is there."""
@@ -160,55 +318,20 @@ def claim(out, run):
     return finished
 
 
-def train(run, out, save_every, again, finished):
-    """Train to the last step, saving at the end, every save_every steps, and when stopped; but if
-    the finished run is there already, at the end only.
-
-    Raises BadInput if the weights overflow, SystemExit if a signal stopped it."""
-    steps, progress = run.config["steps"], Progress(run)
-    every = max(1, steps // (100 if run.config["model"] == "transformer" else 50))
-    began = time.monotonic() - run.seconds
-    with stop_signals() as received, contextlib.closing(progress):
-        while run.step < steps:
-            fc.train_step(run)
-            last, stop = run.step == steps, bool(received)
-            log = last or run.step % every == 0
-            save = last or not finished and (stop or save_every and run.step % save_every == 0)
-            if (log or save) and not all(fc.xp.isfinite(x).all() for x in run.params.values()):
-                raise fc.BadInput(f"the weights overflowed by step {run.step}; try a smaller --lr")
-            if log:
-                line = fc.progress(run)
-                if not math.isfinite(line["train_loss"]):
-                    raise fc.BadInput(f"the loss overflowed by step {run.step}; try a smaller --lr")
-                run.history.append(line)
-            run.seconds = time.monotonic() - began
-            if save:
-                try:
-                    fc.save_run(out, run)
-                except fc.BadInput as error:  # something came to be there meanwhile
-                    fc.save_run(f"{out}.{os.getpid()}.npz", run)
-                    raise fc.BadInput(f"{error}; saved to {out}.{os.getpid()}.npz") from None
-            try:
-                if log:
-                    progress.show(line, every)
-                if stop and not last:
-                    progress.close()
-                    print(f"stopped at step {run.step}; {out} keeps the finished run" if finished
-                          else f"stopped at step {run.step} and saved; go on with\n  {again}")
-            except OSError:  # nobody reads the output any more
-                if not finished and not save:
-                    fc.save_run(out, run)
-                raise
-            if stop and not last:
-                sys.exit(128 + received[0])
-
-
 def command(script, *words):
     """The command that runs one of our scripts, to be pasted where it is printed."""
     here = os.path.dirname(os.path.abspath(__file__))
     usual = shutil.which("python") == sys.executable
-    python = "python" if usual else os.path.relpath(sys.executable)
-    return " ".join(map(shell_word, (python, os.path.relpath(os.path.join(here, script)), *words)))
+    python = "python" if usual else relative(sys.executable)
+    return " ".join(map(shell_word, (python, relative(os.path.join(here, script)), *words)))
+
+
+def relative(path):
+    """The path from here; the whole path where there is none, as between two drives of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return path
 
 
 def shell_word(text):
@@ -220,63 +343,42 @@ def shell_word(text):
     return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + "'"
 
 
-def benchmark(config):
-    """Print the time of a step, and for the MLP that of a step with the control variate."""
-    import resource  # here, as Windows has none
-    gpu = fc.xp is not np
-    runs = {"step": fc.new_run(config)}
-    if config["model"] == "mlp" and config["activation"] == "power" and not config["max_margin"]:
-        same = {name: config[name] for name in ("k", "p", "m", "batch", "seed", "dtype")}
-        runs["control variate"] = fc.new_run(fc.complete({**same, "fast": True, "equal": 0}))
-    times = {name: [] for name in runs}
-    for name, run in runs.items():
-        end = time.monotonic() + 10 / len(runs)
-        while len(times[name]) < 20 or time.monotonic() < end and len(times[name]) < 200:
-            run.step = math.ceil(config.get("equal", 0) * config["steps"])  # where all is free
-            began = time.perf_counter()
-            fc.train_step(run)
-            if gpu:
-                fc.xp.cuda.Device().synchronize()
-            times[name].append(1000 * (time.perf_counter() - began))
-    device = fc.xp.cuda.runtime.getDeviceProperties(0)["name"].decode() if gpu else "the CPU"
-    sizes = ", ".join(f"{x} = {config[x]}" for x in ("k", "p", "m", "layers", "heads", "d_head",
-                                                     "d_model", "d_ff") if x in config)
-    n = min(config["batch"], len(runs["step"].index))
-    print(f"{sizes}, batch {n}, {config['dtype']}, {len(times['step']) - 3} steps on {device}")
-    for name, taken in times.items():
-        print(f"  {name:18s} {statistics.median(taken[3:]):9.2f} ms (median)")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"  peak memory        {peak / 2**(20 if sys.platform == 'darwin' else 10):9.0f} MiB")
-    if gpu:
-        used = fc.xp.get_default_memory_pool().total_bytes()
-        print(f"  GPU memory         {used / 2**20:9.0f} MiB")
-
-
-def main(argv):
-    flags = parse(argv)
+def settings(flags):
+    """The settings that the flags ask for, with those of --figure."""
     figure = flags.pop("figure", None)
     flags = {**FIGURES.get(figure, {}), **flags}
     if figure == 4 and "p" not in flags:
         if flags["k"] not in FIGURE_4_P:
             raise fc.BadInput(f"Figure 4 has k = 2, 3, 4 and 5, not {flags['k']}; give --p too")
         flags["p"] = FIGURE_4_P[flags["k"]]
-    device, out, save_every, resume, timing = (
-        flags.pop(name, None) for name in ("device", "out", "save_every", "resume", "benchmark"))
+    return flags
+
+
+def resumed(path, flags):
+    """The run in a file. Raises BadInput if the flags ask for another one."""
+    run = fc.load_run(path)
+    for name, value in flags.items():
+        if value != run.config.get(name):
+            raise fc.BadInput(f"--{name.replace('_', '-')} {value} disagrees with the run in "
+                              f"{path}: {run.config.get(name)}; leave it out to go on")
+    return run
+
+
+def main(argv):
+    flags = parse(argv)
+    device, threads, out, save_every, resume, timing = (flags.pop(name, None) for name in (
+        "device", "threads", "out", "save_every", "resume", "benchmark"))
+    flags = settings(flags)
     if save_every < 0:
         raise fc.BadInput(f"--save-every must be 0 or more steps, not {save_every}")
-    fc.use_device(device)
-    run = fc.load_run(resume) if resume else None
-    if resume:
-        for name, value in flags.items():
-            if value != run.config.get(name):
-                raise fc.BadInput(f"--{name.replace('_', '-')} {value} disagrees with the run in "
-                                  f"{resume}: {run.config.get(name)}; leave it out to go on")
+    use_machine(device, threads)
+    run = resumed(resume, flags) if resume else None
     config = run.config if resume else fc.complete(flags)
     if timing:
         return benchmark(config)
-    kind = "fast" if config.get("fast") else "max-margin" if config.get("max_margin") else ""
-    name = f"{kind or config['model']}-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
-    out = out or resume or name
+    kind = [rule for rule in ("control-variate", "max-margin")
+            if config.get(rule.replace("-", "_"))] or [config["model"]]
+    out = out or resume or f"{kind[0]}-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
     out = os.path.join(".", out) if out.startswith("-") else out
     if not resume:
         run = fc.new_run(config)
@@ -289,8 +391,17 @@ def main(argv):
     again = command("train.py", "--resume", out)
     again += f" --save-every {save_every}" * bool(save_every)
     again += f" --device {device}" * (device != "cpu")
-    train(run, out, save_every, again, finished)
+    again += f" --threads {threads}" * bool(threads)
+    with Guard(run, out, save_every, again, not finished) as guard:
+        train(run, guard)
+    problem = None
+    try:
+        guard.save_or_say()
+    except fc.BadInput as error:
+        problem = error
     print_report(report(run))
+    if problem:
+        raise problem
     print(f"  saved to {out}; look inside with\n  {command('analyze.py', out)}")
     return 0
 
