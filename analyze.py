@@ -36,12 +36,11 @@ def report(run):
     config, model = run.config, fc.model_of(run.config)
     k, p, most = config["k"], config["p"], model.pieces * fc.PIECE
     network, first = fc.network_of(config, run.params), fc.new_run(config).params
-    answered, aligned = fc.one_pass(network, fc.all_inputs(k, p), fc.answers, fc.alignment,
-                                    most=most)
-    whole, (circuit, circuit_share) = fc.summary(answered), fc.whole_circuit(aligned)
+    seen = fc.look(network, fc.all_inputs(k, p), most)
+    whole, (circuit, circuit_share) = fc.evaluate(seen), fc.circuit(seen)
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
-    rest = fc.evaluate(fc.without_circuit(network, circuit), sample, most)
-    _, share_at_init = fc.circuit(fc.network_of(config, first), sample, most)
+    rest = fc.evaluate(fc.look(fc.without_circuit(network, circuit), sample, most))
+    _, share_at_init = fc.circuit(fc.look(fc.network_of(config, first), sample, most))
     return {**copy.deepcopy(config), "step": run.step, "seconds": round(run.seconds, 2),
             "train_inputs": len(run.index), "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
@@ -66,7 +65,7 @@ def report_neurons(run, whole, first, sample):
     config, params = run.config, run.params
     measures, before = fc.neuron_spectra(params), fc.neuron_spectra(first)["summary"]
     k, p, live = config["k"], config["p"], measures["live"]
-    kept, rest = (fc.evaluate(fc.network_of(config, part), sample)["accuracy"]
+    kept, rest = (fc.evaluate(fc.look(fc.network_of(config, part), sample))["accuracy"]
                   for part in fc.ablate(params))
     names = "max_normalized_power", "single_frequency_fraction", "frequencies_used"
     theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio"))
@@ -91,7 +90,7 @@ def report_heads(run, whole, first, sample):
     k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
     most = fc.model_of(run.config).pieces * fc.PIECE
-    kept, rest = (fc.evaluate(network, sample, most)["accuracy"]
+    kept, rest = (fc.evaluate(fc.look(network, sample, most))["accuracy"]
                   for network in fc.ablate_heads(run.params))
     measures, before = fc.head_spectra(run.params), fc.head_spectra(first)
     noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]

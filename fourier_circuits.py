@@ -10,7 +10,7 @@ of transformers become two-dimensional cosines.
 The file is one thread, from the network to its training, to what training finds and why:
 
 Part 1, the paper
-    arrays                numpy or cupy, inputs in pieces, threads
+    arrays                numpy or cupy, inputs in pieces
     data                  D_p, its labels, a split                                      Eq. 1
     the network           mlp, its first weights, cross-entropy                         Eq. 2
     learning              adamw, Run, plain_step: the whole training algorithm
@@ -24,7 +24,7 @@ Part 2, the paper's transformers
 Part 3, beyond the paper
     the control variate, even p
 Part 4, without mathematics
-    settings, run files
+    settings, the machine, run files
 
 Letters that run through the file
     p, k      the modulus; how many numbers are added
@@ -36,9 +36,13 @@ Letters that run through the file
     u, w      a neuron's vectors u_1 .. u_k and w, of p numbers each
     f         the network; f(a)[c] is a logit, and f~ is f less its mean over the classes
     zeta      a frequency, 1 .. (p-1)/2
-    phi       the phase of a cosine (theta with an index in the paper)
+    phi       the phase of a cosine, for which the paper writes theta, too
     gamma*    the largest normalized margin that a network can have
-A capital U_1, W or F is the DFT of u_1, w or f, and x^k is a power.
+A capital U_1, W or F is the DFT of u_1, w or f, over all their arguments:
+
+    F(j_1, .., j_k, j_c) = sum over a, c of f(a)[c] e^(-2 pi i (j_1 a_1 + .. + j_k a_k + j_c c)/p).
+
+x^k is a power. Other letters are explained where they are used.
 
 A layer is a function y, backward = layer(x, ..). Its backward takes the gradient of the loss with
 respect to y, which is called dy, and returns the gradients with respect to the layer's arguments,
@@ -67,35 +71,16 @@ import numpy as np
 # ==================================================================================================
 
 
-# ---- Arrays: every array of a network lives in xp, which is numpy or cupy ------------------------
+# ---- Arrays: every array of a network lives in xp, which is numpy, or cupy on a GPU --------------
 
 xp = np
 PIECE = 256  # inputs that a network sees at a time: what it computes of them stays in the cache
-THREADS = 1  # how many pieces are computed at the same time
-MAX_BYTES = 2**31  # of all inputs, and of the weights with their gradients and AdamW's moments
+map_pieces = map  # how a function is applied to pieces, see use_threads
+MAX_BYTES = 2**31  # the most for all inputs, or for all weights, gradients and AdamW's moments
 
 
 class BadInput(ValueError):
     """What the user asked for cannot be done. The message says why and what to do, in one line."""
-
-
-def use_device(device):
-    """Let all arrays live on the "cpu" (numpy) or on the "gpu" (cupy). Returns the device.
-
-    Raises BadInput for another device, or if there is no GPU that can be used, with the reason."""
-    global xp, PIECE
-    if device not in ("cpu", "gpu"):
-        raise BadInput(f"device must be cpu or gpu, not {device!r}")
-    xp, PIECE = np, 256
-    if device == "gpu":
-        try:
-            import cupy
-            cupy.zeros(1)  # fails without a driver or a device
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise BadInput(f"no GPU can be used: {reason}; use --device cpu") from None
-        xp, PIECE = cupy, 2**14  # a GPU is busy only with large pieces
-    return device
 
 
 def to_host(x):
@@ -103,41 +88,14 @@ def to_host(x):
     return x if isinstance(x, np.ndarray) else xp.asnumpy(x)
 
 
-def use_threads(n):
-    """Let n threads take the pieces of inputs (over_pieces); it is 1 unless asked. Returns n.
-
-    numpy lets go of Python's lock while it computes, so that as many cores work. BLAS should have
-    one thread then: two of each are twice as slow as one. BLAS reads OPENBLAS_NUM_THREADS and the
-    like when numpy is imported, so this is for whoever starts Python; train.py does it. As the
-    pieces are the same for any n, so is every bit of what is computed. Raises BadInput unless n is
-    a whole number from 1 to 1024."""
-    global THREADS
-    if not isinstance(n, numbers.Integral) or isinstance(n, bool) or not 1 <= n <= 1024:
-        raise BadInput(f"threads must be a whole number from 1 to 1024, not {n!r}")
-    THREADS = int(n)
-    return THREADS
-
-
 def over_pieces(function, a, most=None):
-    """Yields function(piece) for the inputs a [n, k] in pieces of `most` inputs, in their order; as
-    many at a time as use_threads says, on a CPU.
+    """function(piece) for the inputs a [n, k] in pieces of `most` inputs, in their order: an
+    iterator, which is map(function, pieces) or the same on threads (use_threads in part 4).
 
     The default is PIECE: the logits of k=4 p=47 take a quarter less time with 256 inputs at a time
     than with 1024, because what is computed of a piece stays in a CPU's cache."""
     most = most or PIECE
-    pieces = (a[start:start + most] for start in range(0, len(a), most))
-    if THREADS == 1 or len(a) <= most or xp is not np:
-        yield from map(function, pieces)
-        return
-    waiting = collections.deque()  # not all pieces at once, as their results need memory
-    with ThreadPoolExecutor(THREADS) as pool:
-        for piece in pieces:
-            if len(waiting) == 2 * THREADS:
-                yield waiting.popleft().result()
-            context = contextvars.copy_context()  # np.errstate holds in the threads, too
-            waiting.append(pool.submit(context.run, function, piece))
-        while waiting:
-            yield waiting.popleft().result()
+    return map_pieces(function, (a[start:start + most] for start in range(0, len(a), most)))
 
 
 # ---- Data: D_p, all p^k inputs with their sums modulo p (Eq. 1) ----------------------------------
@@ -301,11 +259,12 @@ def cross_entropy(logits, y):  # [n, p], [n] -> scalar
 def mlp_settings(k=3, p=23, m=None, activation="power", **_):
     """The settings by which an MLP trains, a dict: the same for all k and p, but for the width m.
 
-    Learning rate, betas, batch and warm-up are the paper's. The others are ours. init_std: first
-    weights a few times larger memorize. weight_decay: it makes each neuron drop all frequencies but
-    one; without it most stay mixed. hold: the share of the steps before the learning rate begins to
-    fall; while it falls, a neuron loses what is left of other frequencies. These settings are
-    enough at k=3 p=23; larger sizes need more steps, and k = 4 and 5 also a larger batch."""
+    Learning rate, betas, batch and warm-up are the paper's. The others are ours. init_std: with
+    first weights a few times larger the network memorizes. weight_decay: it makes each neuron drop
+    all frequencies but one; without it most neurons stay mixed. hold: the share of the steps before
+    the learning rate begins to fall; while it falls, a neuron loses what is left of other
+    frequencies. These settings are enough at k=3 p=23; larger sizes need more steps, and k = 4 and
+    5 also a larger batch."""
     m = 2 ** (2 * k - 2) * (p - 1) if m is None else m  # the width of paper_network
     check_size(k, p, m)
     return {"k": k, "p": p, "m": m, "activation": activation, "split": "random",
@@ -323,8 +282,9 @@ def learning_rate(config, step):
 def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
 
-    first, second: exponential means of the gradient and of its square, with decay rates betas; step
-    counts from 1. Biases, arrays of one axis, do not decay."""
+    params, grads: {name: array}. first, second: exponential means of the gradient and of its square
+    with decay rates betas, which start at 0 and are divided by 1 - beta^step for that; step counts
+    from 1. Biases, arrays of one axis, do not decay."""
     beta1, beta2 = betas
     for name, x in params.items():
         g, mean, square = grads[name], first[name], second[name]
@@ -343,7 +303,7 @@ class Model(NamedTuple):
     network: Callable  # params, a -> logits, backward
     measures: Callable  # params -> Fourier measures of the weights, a dict with a "summary"
     step: Callable  # run -> None: one step of training, see train_step
-    symmetric: bool = False  # whether the network cannot see the order of a_1 .. a_{k-1}
+    symmetric: bool = False  # whether the network cannot see the order of a_1 .. a_{k-1} (part 2)
     pieces: int = 1  # how many PIECEs it should see at a time
 
 
@@ -367,7 +327,7 @@ class Run:
     first: dict  # AdamW's moments
     second: dict
     train: np.ndarray  # bool [p^k], see split
-    loss: np.ndarray  # of the batch before, one number
+    loss: np.ndarray  # of the batch before, one number; infinite before the first step
     step: int = 0
     seconds: float = 0.0
     history: list = field(default_factory=list)  # one dict per line of progress
@@ -449,8 +409,8 @@ def update(run, loss, grads, weight_decay):
 def plain_step(run):
     """One step of textbook training: a random batch, the gradient of its mean cross-entropy, AdamW.
 
-    This is the whole algorithm. The loop over the steps, which only calls train_step, and prints
-    and saves now and then, is in train.py."""
+    This is the whole algorithm; README.md has it in one piece. The loop over the steps, which only
+    calls train_step, and prints and saves now and then, is in train.py."""
     a = next_batch(run)
     loss, grads = loss_and_gradients(network_of(run.config, run.params), a)
     update(run, loss, grads, run.config["weight_decay"])
@@ -480,7 +440,8 @@ def power_spectrum(x):  # [.., p] -> [.., p // 2 + 1]
 
 
 def normalized(x, axis=-1):
-    """x divided by its largest size along these axes; zeros stay zeros."""
+    """x divided by its largest size along these axes; zeros stay zeros. So the sum of its squares
+    is at least 1, or 0, and no square overflows."""
     size = np.abs(x).max(axis=axis, keepdims=True)
     return x / np.where(size > 0, size, 1)
 
@@ -526,7 +487,7 @@ def neuron_spectra(params):
     concentration [m]   share of the neuron's power at zeta, the means included in the whole
     shares [k+1, m]     maximum normalized power of each vector by itself
     phases [k+1, m]     phi_1 .. phi_k, phi_w at zeta
-    phase_error [m]     |phi_1 + .. + phi_k - phi_w|, modulo 2 pi in [0, pi] (Theorem 4.1.2)
+    phase_error [m]     |phi_1 + .. + phi_k - phi_w|, modulo 2 pi in [0, pi] (Theorem 4.1, part 2)
     live [m]            norm above a tenth of the largest
     single [m]          live, and over 95% of the power at zeta
     summary             live_neurons; max_normalized_power, the mean of shares over live neurons;
@@ -576,57 +537,49 @@ def margins(logits, y):  # [n, p], [n] -> [n], [n]
     return right - wrong.max(axis=1), (p * right - logits.sum(axis=1)) / (p - 1)
 
 
-def answers(logits, y):  # [n, p], [n] -> [n], scalar
-    """The margins of some inputs, on the host, and the sum of their cross-entropies."""
-    return to_host(margins(logits, y)[0]), float(cross_entropy(logits, y)[0]) * len(y)
+class Seen(NamedTuple):
+    """What is measured of the logits of a piece of inputs."""
+    margin: np.ndarray  # [n], on the host
+    loss: float  # the sum of the inputs' cross-entropies
+    scale: float  # the largest size in f~; the next two are in units of it, so as not to overflow
+    aligned: np.ndarray  # [p], the sum over the inputs of f~(a)[a_1 + .. + a_k + Delta]
+    squares: float  # the sum of the squares of all f~(a)[c]
 
 
-def alignment(logits, y):  # [n, p], [n] -> n, scale, [p], scalar
-    """Of some inputs' logits without their means over the classes, f~, in units of a scale: the sum
-    over the inputs of f~(a)[y + Delta], for Delta = 0 .. p-1, and the sum of all squares.
-
-    The scale is the largest logit, so that no square overflows or vanishes."""
-    p = logits.shape[1]
-    x = logits.astype("float64")
-    x = x - x.mean(axis=1, keepdims=True)
-    scale = float(xp.abs(x).max())
-    x = x / (scale or 1)
-    column = xp.asarray((y[:, None] + np.arange(p)) % p)
-    aligned = xp.take_along_axis(x, column, axis=1)
-    return len(y), scale, to_host(aligned.sum(axis=0)), float((x * x).sum())
-
-
-def one_pass(network, a, *looks, most=None):
-    """What each look says of the logits and labels of inputs a, piece by piece (see over_pieces).
-
-    network: a function of inputs, see network_of. -> a list for each look, such as answers."""
+def look(network, a, most=None):
+    """One pass of a network over inputs a, in pieces of `most` (over_pieces) -> [Seen, ..], from
+    which evaluate and circuit compute their numbers. network: see network_of."""
     def of_piece(piece):
         logits = network(piece)[0]
-        return [look(logits, labels(piece, logits.shape[1])) for look in looks]
-    return list(zip(*over_pieces(of_piece, a, most)))
+        p = logits.shape[1]
+        y = labels(piece, p)
+        centred = logits.astype("float64")
+        centred -= centred.mean(axis=1, keepdims=True)
+        scale = float(xp.abs(centred).max())
+        centred /= scale or 1
+        column = xp.asarray((y[:, None] + np.arange(p)) % p)
+        aligned = xp.take_along_axis(centred, column, axis=1).sum(axis=0)
+        return Seen(to_host(margins(logits, y)[0]), float(cross_entropy(logits, y)[0]) * len(y),
+                    scale, to_host(aligned), float((centred * centred).sum()))
+    return list(over_pieces(of_piece, a, most))
 
 
-def evaluate(network, a, most=None):
-    """What a network answers on inputs a, in pieces of `most`. A dict:
+def evaluate(seen):
+    """What a network answers, from what look saw. A dict:
 
     right            bool [n], on the host; accuracy: their share
     loss             the mean cross-entropy
     margin           the smallest"""
-    return summary(*one_pass(network, a, answers, most=most))
-
-
-def summary(answered):
-    """evaluate's dict, from the answers of all pieces."""
-    margin = np.concatenate([margin for margin, _ in answered])
+    margin = np.concatenate([piece.margin for piece in seen])
     right = margin > 0
     return {"right": right, "accuracy": float(right.mean()), "margin": float(margin.min()),
-            "loss": sum(loss for _, loss in answered) / len(margin)}
+            "loss": sum(piece.loss for piece in seen) / len(margin)}
 
 
-def circuit(network, a, most=None):
-    """The circuit: what of the logits on inputs a depends on c - a_1 - .. - a_k alone.
+def circuit(seen):
+    """The circuit: what of the logits depends on c - a_1 - .. - a_k alone, from what look saw.
 
-    -> g [p], on the host, and its share of the power of the logits:
+    -> g [p], on the host, and its share of the power of the logits, a float:
 
         g(Delta) = mean over a of f~(a)[a_1 + .. + a_k + Delta],
         share = n sum_Delta g(Delta)^2 / sum_{a,c} f~(a)[c]^2.
@@ -640,19 +593,14 @@ def circuit(network, a, most=None):
     The share is 1 for a max-margin network, and 1/n on average for random logits.
 
     >>> params = rotated_network(2, 5)
-    >>> g, share = circuit(lambda a: mlp(params, a), all_inputs(2, 5))
+    >>> g, share = circuit(look(lambda a: mlp(params, a), all_inputs(2, 5)))
     >>> (g / max_margin(2, 5)).round(6).tolist(), round(share, 6)
     ([0.8, -0.2, -0.2, -0.2, -0.2], 1.0)
     """
-    return whole_circuit(*one_pass(network, a, alignment, most=most))
-
-
-def whole_circuit(aligned):
-    """circuit's g and share, from the alignment of all pieces."""
-    n, top = sum(n for n, *_ in aligned), max(scale for _, scale, *_ in aligned) or 1
-    g = sum(scale / top * sums for _, scale, sums, _ in aligned) / n
-    total = sum((scale / top) ** 2 * squares for _, scale, _, squares in aligned)
-    return top * g, float(n * (g @ g) / (total or 1))
+    n, top = sum(len(piece.margin) for piece in seen), max(piece.scale for piece in seen) or 1
+    g = sum(piece.scale / top * piece.aligned for piece in seen) / n
+    squares = sum((piece.scale / top) ** 2 * piece.squares for piece in seen)
+    return top * g, float(n * (g @ g) / (squares or 1))
 
 
 def circuit_frequencies(g):
@@ -663,7 +611,8 @@ def circuit_frequencies(g):
 
 
 def without_circuit(network, g):
-    """The network without the circuit g, a function of inputs: f(a)[c] - g(c - a_1 - .. - a_k)."""
+    """The network without the circuit g, f(a)[c] - g(c - a_1 - .. - a_k): a function of inputs that
+    returns logits and, as it cannot be trained, None for backward."""
     def rest(a):
         logits = network(a)[0]
         shift = (np.arange(len(g)) - labels(a, len(g))[:, None]) % len(g)
@@ -674,17 +623,16 @@ def without_circuit(network, g):
 def progress(run):
     """A line of history: loss and accuracy on up to 4096 fixed inputs of the training part and of
     the test part; circuit_share, on the test inputs (if there are none, on the training inputs);
-    and the summary of the weights' measures."""
+    and the summary of the weights' measures. -> a dict"""
     config, model, network = run.config, model_of(run.config), network_of(run.config, run.params)
     line, rng = {"step": run.step}, stream(config, 3)
     for name, part in (("train", run.train), ("test", ~run.train)):
         a = sample_inputs(np.flatnonzero(part), config["k"], config["p"], rng, 4096)
         line |= {f"{name}_loss": None, f"{name}_accuracy": None}
         if len(a):
-            most = model.pieces * PIECE
-            answered, aligned = one_pass(network, a, answers, alignment, most=most)
-            seen, (_, share) = summary(answered), whole_circuit(aligned)
-            line |= {f"{name}_loss": seen["loss"], f"{name}_accuracy": seen["accuracy"],
+            seen = look(network, a, model.pieces * PIECE)
+            answers, (_, share) = evaluate(seen), circuit(seen)
+            line |= {f"{name}_loss": answers["loss"], f"{name}_accuracy": answers["accuracy"],
                      "circuit_share": share}
     return line | model.measures(run.params)["summary"]
 
@@ -696,39 +644,51 @@ MODELS["relu"] = MODELS["mlp"]._replace(network=relu_mlp)
 # ---- The best network there is: norm, margin, gamma* (Def. B.2, Theorem 4.1) ---------------------
 #
 # Why no network has a larger normalized margin than gamma*, and why the neurons of one that has it
-# are cosines (Lemma 4.2). p is odd, and P(j) = |U_1(j)|^2 + .. + |U_k(j)|^2 + |W(j)|^2 of a neuron.
+# are cosines (Theorem 4.1 and Lemma 4.2). p is odd.
 #
-# 1. The smallest margin of a network is at most the mean over D_p of its class-weighted margin.
-# 2. In terms of DFTs this mean is a sum over all neurons and over j = 1 .. p-1 (Lemma D.8) of
+# 1. The smallest margin of a network is at most the mean over D_p of its class-weighted margin, the
+#    right logit less the mean of the others.
+# 2. On an input, a neuron has the class-weighted margin p/(p-1) z^k w~(y), where z = u_1(a_1) + ..
+#    + u_k(a_k), y is the right class, and w~ is w less its mean.
+# 3. Expand z^k. A monomial that lacks some u_j(a_j) averages to 0: if a_j alone varies, y takes
+#    each class once, and the mean of w~ is 0. Only the term k! u_1(a_1) .. u_k(a_k) is left.
+# 4. Written with DFTs, its mean over D_p is a sum over j = 1 .. p-1 of
+#
+#        k! / ((p-1) p^k)  U_1(j) .. U_k(j) W(-j)                                     (Lemma D.8).
+#
+#    The terms of j and p-j are conjugates. So only their real parts count, which are
 #
 #        k! / ((p-1) p^k)  |U_1(j)| .. |U_k(j)| |W(j)|  cos(phi_1(j) + .. + phi_k(j) - phi_w(j)).
 #
-# 3. The cosine is at most 1, which it is where the phases add up.
-# 4. The geometric mean of |U_1(j)|^2, .., |W(j)|^2 is at most their arithmetic mean, and equal to
-#    it only if u_1 .. u_k and w have the same power:
+# 5. The cosine is at most 1, which it is where the phases add up.
+# 6. Let P(j) = |U_1(j)|^2 + .. + |U_k(j)|^2 + |W(j)|^2. The geometric mean of these k+1 numbers is
+#    at most their arithmetic mean, and equal to it only if they are all the same:
 #
 #        |U_1(j)| .. |U_k(j)| |W(j)|  <=  (P(j) / (k+1))^((k+1)/2).
 #
-# 5. The sum of P(j) over all j is p ||theta_i||^2 (Parseval), and P(j) = P(p-j).
-# 6. The bound of 4 is strictly convex in P(j). So its sum over j is largest if all power is at one
-#    pair: P(zeta) = P(p - zeta) = p ||theta_i||^2 / 2. The neuron then has a single frequency.
-# 7. The two terms of this pair add up to
+# 7. The sum of P(j) over all j is p ||theta_i||^2 (Parseval), and P(j) = P(p-j). The power P(0) of
+#    the means counts in this sum, but not in 4.
+# 8. The bound of 6 is strictly convex in P(j). So its sum over j is largest if all power is at one
+#    pair: P(zeta) = P(p-zeta) = p ||theta_i||^2 / 2.
+# 9. The two terms of this pair add up to
 #
 #        2 k! / ((p-1) p^k)  (p ||theta_i||^2 / (2k+2))^((k+1)/2)  =  gamma* ||theta_i||^(k+1).
 #
-# 8. So all neurons together have at most gamma* sum_i ||theta_i||^(k+1). At norm 1 this is gamma*.
-# 9. A network that reaches gamma* has equality in 1: on each input the right logit is larger than
-#    each other one by just gamma*. Then F(j, .., j, -j) = gamma* p^k for each j != 0 (Lemma F.2).
-#    A frequency that no neuron uses would have 0 there. So all frequencies are used.
+# 10. So all neurons together have at most gamma* sum_i ||theta_i||^(k+1). At norm 1 this is gamma*.
+# 11. In a network that reaches gamma* there is equality everywhere. In 5, 6 and 8: each nonzero
+#     neuron has phases that add up, vectors of one size and mean 0, and a single frequency.
+# 12. And in 1: on each input the right logit is larger than each other one by just gamma*. So
+#     F(j, .., j, -j) = gamma* p^k for each j != 0 (Lemma F.2). A frequency that no neuron has would
+#     give 0 there: all frequencies are used.
 
 
 def norm(params):
     """||theta||_{2,k+1} = (sum_i ||theta_i||_2^(k+1))^(1/(k+1)) (Def. B.2)."""
-    norms, nu = neuron_norms(params), len(params["u"]) + 1
+    norms, k = neuron_norms(params), len(params["u"])
     largest = norms.max()  # taken out first, so that no power overflows
     if largest == 0:
         return 0.0
-    return float(largest * ((norms / largest) ** nu).sum() ** (1 / nu))
+    return float(largest * ((norms / largest) ** (k + 1)).sum() ** (1 / (k + 1)))
 
 
 def max_margin(k, p):
@@ -736,23 +696,23 @@ def max_margin(k, p):
 
         gamma* = 2 k! / ( (2k+2)^((k+1)/2) (p-1) p^((k-1)/2) ).
 
-    For even p see part 3 of this file.
+    For even p it is larger, see part 3 of this file.
 
     >>> round(max_margin(2, 3), 6)  # sqrt(2/27) / (sqrt(3) 2)
     0.078567
     """
-    if p % 2 == 0:
-        return even_max_margin(k, p)
-    return 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
+    gamma = 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
+    return gamma if p % 2 else gamma * even_factor(k, p)
 
 
 def normalized_margin(params):
-    """The smallest margin of the mlp over D_p divided by ||theta||^(k+1), which is the margin of
-    theta / ||theta||. It is at most gamma*; 0 for weights that are all 0."""
+    """The normalized margin of the mlp: the smallest margin over D_p divided by ||theta||^(k+1),
+    which is the smallest margin of theta / ||theta||. A float, at most gamma*; 0 if all weights
+    are 0."""
     k, p, _ = params["u"].shape
     size = norm(params) or 1
     unit = {name: x / size for name, x in params.items()}
-    return evaluate(lambda a: mlp(unit, a), all_inputs(k, p))["margin"]
+    return evaluate(look(lambda a: mlp(unit, a), all_inputs(k, p)))["margin"]
 
 
 def neuron_dft(params):  # -> complex [p, m]
@@ -792,19 +752,20 @@ def paper_network(k, p):
 
     For each zeta let x_j = 2 pi zeta a_j/p and x_c = 2 pi zeta c/p. Then cos(x_1 + .. + x_k - x_c)
     is a sum of 2^k products of cosines and sines. Each product is a sum of 2^(k-1) k-th powers,
-    because for any numbers t_1 .. t_k
+    because for any numbers d_1 .. d_k
 
-        2^k k! t_1 .. t_k = sum over signs s of s_1 .. s_k (s_1 t_1 + .. + s_k t_k)^k   (Lemma E.1)
+        2^k k! d_1 .. d_k = sum over signs s of s_1 .. s_k (s_1 d_1 + .. + s_k d_k)^k   (Lemma E.1)
 
     where s and -s give the same. The factor of x_c becomes w, with the signs' product. Raises
-    BadInput for even p, which the paper leaves out."""
+    BadInput for even p, which the paper leaves out, and if it is too large."""
     check_size(k, p)  # before 2^k is computed
     check_size(k, p, 2 ** (2 * k - 2) * (p - 1))
     if p % 2 == 0:
         raise BadInput(f"the paper's network is for odd p, not {p}; rotated_network takes any p")
-    # A sine is a cosine turned by pi/2: sine_j = 1 makes t_j = cos(x_j - pi/2) = sin x_j. As
+    # A sine is a cosine turned by pi/2: sine_j = 1 makes d_j = cos(x_j - pi/2) = sin x_j. As
     # cos(x - x_c) = cos x cos x_c + sin x sin x_c for x = x_1 + .. + x_k, x_c takes a sine, too,
-    # where q, the number of sines, is odd. (-1)^(q // 2) is the product's sign in cos x or sin x.
+    # where q, the number of sines, is odd. (-1)^(q // 2) is the sign of the product in cos x or
+    # sin x, as in cos(x_1 + x_2) = cos x_1 cos x_2 - sin x_1 sin x_2.
     sine = np.array(list(itertools.product((0, 1), repeat=k)))  # [2^k, k]
     q = sine.sum(axis=1)
     signs = half_of_all_signs(k)
@@ -814,8 +775,35 @@ def paper_network(k, p):
     return cosine_network(k, p, amplitudes, phases)
 
 
+# Why at k = 2 each of the (p-1)/2 frequencies of a max-margin network needs six neurons, which
+# rotated_network has (beyond the paper; p odd). Take the nonzero neurons of one frequency. For each
+# let alpha and beta be the phases of u_1 and u_2, so that alpha + beta is that of w (Theorem 4.1),
+# and let size be its norm^3.
+#
+# 1. A neuron, (cos(x_1 + alpha) + cos(x_2 + beta))^2 cos(x_c + alpha + beta) times a number, is a
+#    sum of characters e^(i (n_1 x_1 + n_2 x_2 + n_c x_c)), where n_c is 1 or -1, and (n_1, n_2) is
+#    (0, 0), (2, 0), (0, 2), (1, 1), (1, -1) or the negative of one of these.
+# 2. Let chi = (n_1 + n_c, n_2 + n_c). The coefficient of this character has the phase
+#    chi . (alpha, beta). Its absolute value is size times a number that all neurons share.
+# 3. A max-margin network is a sum of cos(x_1 + x_2 - x_c) over zeta (theory_check), whose
+#    characters have chi = 0. All others cancel: for each chi != 0
+#
+#        sum over neurons of size e^(i chi . (alpha, beta)) = 0.
+#
+#    (Neurons of other frequencies cannot help: they have other characters of x_c.)
+# 4. These chi are +- (1, 1), (2, 2), (2, 0), (0, 2), (1, -1), (3, 1) and (1, 3). Let
+#
+#        H = {(0, 0), (1, 1), (2, 2), (1, -1), (2, 0), (3, 1)}.
+#
+#    The difference of any two of its elements is such a chi; (3, 1) - (2, 2) = (1, -1), say.
+# 5. For each neuron let v be the vector of the six numbers e^(i h . (alpha, beta)), h in H. By 3
+#    and 4 the matrix sum of size v v^* is the identity times the sum of the sizes: its rank is six.
+# 6. It is a sum of as many matrices of rank one as there are neurons. So there are at least six.
+
+
 def rotated_neurons(k):
-    """The amplitudes and phases [(k+1) 2^(k-1), k+1] of rotated_network's neurons at each zeta."""
+    """rotated_network's neurons at each zeta, for cosine_network: amplitudes and phases, both
+    [(k+1) 2^(k-1), k+1]."""
     signs = half_of_all_signs(k)
     amplitudes = np.tile(np.column_stack([signs, signs.prod(axis=1)]), (k + 1, 1))
     turns = np.repeat(np.arange(k + 1), len(signs))[:, None] * np.array([1] * k + [k])
@@ -832,13 +820,14 @@ def rotated_network(k, p):
         2^(k-1) k! cos(x_1 + psi) .. cos(x_k + psi) cos(x_c + k psi).
 
     Write each cosine as (e^(i ..) + e^(-i ..)) / 2. In the product of the x's take the term in
-    which l of the k exponents have a minus sign; times e^(-i (x_c + k psi)) it has the factor
-    e^(-2 i l psi), and
+    which q of the k exponents have a minus sign; times e^(-i (x_c + k psi)) it has the factor
+    e^(-2 i q psi), and
 
-        sum over t = 0 .. k of e^(-2 pi i l t/(k+1)) = k+1 for l = 0, and 0 for l = 1 .. k.
+        sum over t = 0 .. k of e^(-2 pi i q t/(k+1)) = k+1 for q = 0, and 0 for q = 1 .. k.
 
-    So only l = 0 is left, with its conjugate: (k+1) 2^-k cos(x_1 + .. + x_k - x_c) in place of the
-    product of cosines. For even p, which has a few other neurons, see part 3 of this file.
+    So only q = 0 is left, with its conjugate: (k+1) 2^-k cos(x_1 + .. + x_k - x_c) in place of the
+    product of cosines. For even p, which has a few other neurons, see part 3 of this file. Raises
+    BadInput if it is too large. -> {"u", "w"}, float64, of norm 1
 
     >>> params = rotated_network(3, 5)
     >>> params["w"].shape  # 32 neurons, where the paper's network has 64
@@ -846,29 +835,10 @@ def rotated_network(k, p):
     >>> round(normalized_margin(params) / max_margin(3, 5), 9)
     1.0
 
-    At k = 2 no max-margin network is narrower: each of the (p-1)/2 frequencies needs six neurons,
-    3 (p-1) in all. This is why. Take the neurons of one frequency, with the phases s and t of u_1
-    and u_2, so that s + t is that of w (Theorem 4.1), and let l be norm^3 of a neuron.
-
-    1. A neuron, (cos(x_1 + s) + cos(x_2 + t))^2 cos(x_c + s + t), is a sum of characters
-       e^(i (n_1 x_1 + n_2 x_2 + n_c x_c)), where n_c is 1 or -1, and (n_1, n_2) is (0, 0), (2, 0),
-       (0, 2), (1, 1), (1, -1) or the negative of one of these.
-    2. Its coefficient has the phase chi . (s, t) with chi = (n_1 + n_c, n_2 + n_c), and its size is
-       l times a number that is the same for all neurons.
-    3. In a max-margin network only x_1 + x_2 - x_c and its negative, where chi = 0, are left. For
-       every other character
-
-           sum over neurons of l e^(i chi . (s, t)) = 0.
-
-    4. Let H = {(0,0), (1,1), (2,2), (1,-1), (2,0), (3,1)}. The difference of any two of these is
-       the chi of such a character.
-    5. For each neuron let v be the vector of the six numbers e^(i h . (s, t)), h in H. By 3 and 4
-       the matrix sum of l v v^* is the sum of the l times the identity: its rank is six.
-    6. It is a sum of as many matrices of rank one as there are neurons. So there are at least six.
-
-    The same argument gives 15 neurons a frequency at k = 3 (p > 6), where this network has 16; of
-    400 searches for an exact network of 15 none found one. It gives 36 at k = 4, where this network
-    has 40."""
+    At k = 2 no max-margin network is narrower than this one, with 3 (p-1) neurons: see above. The
+    same argument gives 15 neurons a frequency at k = 3 (p > 6), where this network has 16, and 36
+    at k = 4 (p > 8), where it has 40. Of 400 searches for an exact network with 15 at k = 3 none
+    found one."""
     check_size(k, p)
     check_size(k, p, (k + 1) * 2 ** (k - 1) * (p // 2))
     if p % 2 == 0:
@@ -884,9 +854,9 @@ def theory_check(params):
         f(a)[c] = gamma* (1{c = a_1 + .. + a_k} - 1/p),
 
     so that all wrong classes are alike (Condition 3.8). There is also a first-order (dual)
-    condition, which is necessary: the gradient of the mean class-weighted margin is gamma* times
-    that of sum_i ||theta_i||^(k+1). (Both are homogeneous of degree k+1, and at norm 1 the margin
-    is gamma*; so by Euler's identity the factor is gamma*.) For even p it is left out.
+    condition, which is necessary: the mean class-weighted margin less the sum of all
+    gamma* ||theta_i||^(k+1) is at most 0 for all weights and 0 here, so that its gradient is 0
+    here. For even p it is left out.
 
     -> [(what, measured, expected, error relative to gamma* or to the expected size), ..]"""
     k, p, _ = params["u"].shape
@@ -905,13 +875,13 @@ def theory_check(params):
     for piece_deviation, piece_spread, grads in over_pieces(of_piece, a):
         deviation, spread = max(deviation, piece_deviation), max(spread, piece_spread)
         dual = {name: dual[name] + d for name, d in grads.items()}
-    answered, aligned = one_pass(lambda a: mlp(params, a), a, answers, alignment)
+    seen = look(lambda a: mlp(params, a), a)
     diagonal, size = neuron_dft(params).sum(axis=1).real[1:], gamma * p**k
     rows = [("norm ||theta||_{2,k+1}", norm(params), 1, 1),
-            ("margin, smallest over inputs", summary(answered)["margin"], gamma, gamma),
+            ("margin, smallest over inputs", evaluate(seen)["margin"], gamma, gamma),
             ("spread over wrong classes (Cond. 3.8)", spread, 0, gamma),
             ("|f - gamma* (1{c = sum a} - 1/p)|", deviation, 0, gamma),
-            ("circuit share of the logits", whole_circuit(aligned)[1], 1, 1),
+            ("circuit share of the logits", circuit(seen)[1], 1, 1),
             ("F(j,..,j,-j) by weights, smallest", float(diagonal.min()), size, size),
             ("F(j,..,j,-j) by weights, largest", float(diagonal.max()), size, size)]
     if p % 2:
@@ -934,22 +904,27 @@ def theory_check(params):
 #
 # 1. Let M be the mean over D_p of the class-weighted margin. By Jensen's inequality
 #
-#        mean cross-entropy  >=  log(1 + (p-1) e^(-M)).
+#        mean cross-entropy  >=  log(1 + (p-1) e^(-M)),
 #
-# 2. By Lemma 4.2 (see "the best network"), M <= gamma* N.
-# 3. A max-margin network of any size has equality in 1 and 2, and only such a network has.
-# 4. What is left to find is the best size. With x = gamma* N and the strength l gamma*,
+#    applied first to the wrong classes of each input and then to the inputs.
+# 2. By step 10 of the proof above ("the best network"), M <= gamma* N.
+# 3. Any multiple of a max-margin network has equality in 1 and 2, and no other network has, but for
+#    the one whose weights are all 0.
+# 4. What is left to find is the best size. With x = gamma* N and the strength lambda gamma*,
 #
-#        log(1 + (p-1) e^(-x)) + l x     is least where     x = log((p-1) (1-l) / l).
+#        log(1 + (p-1) e^(-x)) + lambda x
+#
+#    is least where x = log((p-1) (1-lambda) / lambda), which is above 0.
 #
 # So at the strength 0.1 gamma* the optimum has the margin log(9 (p-1)) on every input.
 
 
 def penalty(params, strength):
     """strength * sum_i ||theta_i||^(k+1) -> its value, its gradients."""
-    norms, nu = neuron_norms(params), len(params["u"]) + 1
-    pull = strength * nu * norms ** (nu - 2)  # times theta_i this is the gradient by theta_i
-    return strength * (norms**nu).sum(), {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
+    norms, k = neuron_norms(params), len(params["u"])
+    pull = strength * (k + 1) * norms ** (k - 1)  # times theta_i this is the gradient by theta_i
+    value = strength * (norms ** (k + 1)).sum()
+    return value, {"u": pull * params["u"], "w": pull[:, None] * params["w"]}
 
 
 def max_margin_settings(**given):
@@ -1260,7 +1235,7 @@ MODELS["attention"] = Model(attention_settings, init_attention, attention, head_
 # the last block logits = layernorm(x) W_U.
 #     E [p, d]   token embedding                     W_Q, W_K, W_V [d, H, e]   of block 1: "W_Q 1"
 #     P [k, d]   position embedding                  W_O [H, e, d]
-#     W_U [d, p] logits at the last position         W_1 [d, f], W_2 [f, d]
+#     W_U [d, p] logits at the last position         W_1 [d, d_ff], W_2 [d_ff, d]
 
 
 ATTENTION, FORWARD = ("W_Q", "W_K", "W_V", "W_O"), ("W_1", "W_2")
@@ -1333,7 +1308,7 @@ def self_attention(x, w_q, w_k, w_v, w_o, last):  # [n, k, d] -> [n, k, d], or [
     return y, backward
 
 
-def feed_forward(x, w1, w2):  # [n, j, d], [d, f], [f, d] -> [n, j, d]
+def feed_forward(x, w1, w2):  # [n, j, d], [d, d_ff], [d_ff, d] -> [n, j, d]
     """relu(x W_1) W_2."""
     h, relu_backward = relu(xp.tensordot(x, w1, 1))
 
@@ -1364,7 +1339,7 @@ def residual(x, layer):  # [n, k, d] -> [n, k, d], or the last positions if the 
 def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
     """The network, of one block or more, on inputs a -> logits, backward(dlogits) -> dparams.
 
-    hidden=True: -> [n, f], the activations of the last block's MLP at the last position."""
+    hidden=True: -> [n, d_ff], the activations of the last block's MLP at the last position."""
     token, unembed = params["E"], params["W_U"]
     layers = sum(name.startswith("W_Q ") for name in params)
     a = modulo(a, len(token), len(params["P"]))
@@ -1374,7 +1349,7 @@ def transformer(params, a, hidden=False):  # [n, k] -> [n, p]
         weights, last = [params[name] for name in read], i == layers
         x, layer_backward = residual(x, lambda z: self_attention(z, *weights, last))
         tape.append((read, layer_backward))
-        if hidden and last:  # for transformer_neurons
+        if hidden and last:
             return relu(layernorm(x[:, -1])[0] @ params[forward[0]])[0]
         weights = [params[name] for name in forward]
         x, layer_backward = residual(x, lambda z: feed_forward(z, *weights))
@@ -1428,8 +1403,8 @@ def neuron_shares(layer, k, p):
     """The share of a neuron's variance over D_p that one frequency holds, for each neuron of a
     layer: 1 for cos(2 pi zeta a_1/p) cos(2 pi zeta a_2/p), 0 for a constant.
 
-    layer: a function of inputs [n, k] -> activations [n, f]. -> share [f], active [f]: whether the
-    neuron is ever different from 0; both on the host.
+    layer: a function of inputs [n, k] -> activations, a column for each neuron. -> share, active,
+    a number for each neuron, on the host; active: whether it is ever different from 0.
 
     One frequency zeta means all products of functions of a_1 to a_k, each of them 1 or the cosine
     or the sine of frequency zeta, but not the constant. The share is that of the projection onto
@@ -1444,7 +1419,7 @@ def neuron_shares(layer, k, p):
     coefficients = total = 0.0
     for piece_coefficients, piece_total in over_pieces(of_piece, all_inputs(k, p)):
         coefficients, total = coefficients + piece_coefficients, total + piece_total
-    power = coefficients**2  # [p // 2, 3^k, f]; entry 0 of the 3^k is the constant
+    power = coefficients**2  # [p // 2, 3^k, d_ff]; entry 0 of the 3^k is the constant
     variance = total - power[0, 0]
     constant = variance <= 1e-12 * total  # but for rounding
     share = power[:, 1:].sum(axis=1).max(axis=0) / np.where(constant, 1, variance)
@@ -1481,30 +1456,28 @@ MODELS["transformer"] = Model(transformer_settings, init_transformer, transforme
 # ---- A control variate for the gradient ----------------------------------------------------------
 #
 # At a large k most of a batch's gradient is noise, so that plain training needs a large batch. The
-# data are a whole group, and this gives another estimate of the same gradient with less noise.
+# inputs are a whole group, and this gives another estimate, with less noise, of the gradient over
+# all of D_p.
 #
 # Let v_j = u_j(a_j), y = a_1 + .. + a_k, and w~_i(y) = w_i(y) - mean over c of w_i(c). Then over
 # all of D_p, for any weights,
 #
 #     R = mean over a of sum_i rest_i(a) w~_i(y) = 0,     rest = (v_1 + .. + v_k)^k - k! v_1 .. v_k.
 #
-# 1. Expand the power. If a monomial lacks some v_j, average over a_j first: only w~_i(y) depends on
-#    it, and its average over a_j is 0.
-# 2. The only monomial of degree k that has every v_j is v_1 .. v_k, and it is subtracted.
+# by step 3 of the proof in "the best network": of the monomials of the power only v_1 .. v_k does
+# not average to 0, and it is subtracted. On a batch R is not 0, but only noise: R is a control
+# variate. While the logits are small,
 #
-# On a batch R is not 0, but only noise: R is a control variate. While the logits are small,
-# cross-entropy is to first order
+#     cross-entropy      =  log p - mean over a of sum_i (v_1 + .. + v_k)^k w~_i(y)
+#     cross-entropy + R  =  log p - mean over a of sum_i k! v_1 .. v_k w~_i(y)
 #
-#     log p - mean over a of sum_i z_i^k w~_i(y),     z = v_1 + .. + v_k,
-#
-# so that the noise of R is in its gradient, too. It is most of the noise: at Gaussian weights the
-# mean square of z^k is 3, 11, 47, 205 times that of k! v_1 .. v_k at k = 2, 3, 4, 5. So the
-# gradient of coefficient * R is added to that of the cross-entropy. With coefficient 1 only the
-# gradient of the product term is left, to first order. As the network learns, the coefficient falls
-# to 0.
+# to first order. The second has less noise: at Gaussian weights the mean square of the power is 3,
+# 11, 47, 205 times that of the product term at k = 2, 3, 4, 5. So the gradient of coefficient * R
+# is added to that of the cross-entropy, where the coefficient is 1 at first and falls to 0 as the
+# network learns and its logits grow.
 #
 # On a training half the mean of R is not 0, so that this is not the gradient of that half's
-# cross-entropy: it is told that the data are a whole group.
+# cross-entropy: training is told that the inputs are a whole group.
 
 
 def mlp_with_control_variate(params, a, coefficient, n):  # [n', k] -> [n', p]
@@ -1577,27 +1550,28 @@ MODELS["control_variate"] = MODELS["mlp"]._replace(settings=control_variate_sett
 
 # ---- Even p, which the paper leaves out; p = 2 is parity -----------------------------------------
 #
-# A neuron of the Nyquist frequency p/2 has vectors +-(-1)^a. Its power is not split between j and
-# p - j, so that for its norm it has 1/r times the class-weighted margin of a cosine neuron, where
+# Why the largest normalized margin of an even p is (p-1)/(p-2+r) times the formula for odd p, with
+# r = 2^(-(k-1)/2). The proof of "the best network" changes as follows.
 #
-#     r = 2^(-(k-1)/2).
-#
-# The largest normalized margin is (p-1)/(p-2+r) times that of the formula for odd p. In the proof
-# of Theorem 4.1 (see "the best network") only step 1 changes: instead of weighing all wrong classes
-# alike, give y + Delta the weight (2-r)/(p-2+r) if Delta is even and r/(p-2+r) if it is odd. These
-# add up to 1. In the margin that is weighted so each frequency j has the factor p/(p-2+r), and p/2
-# has r times that; then all frequencies give the same for their norm.
+# 1. A neuron of the Nyquist frequency p/2 has the vectors +-(-1)^a. In step 8 its power is not
+#    split between j and p-j, so that for its norm it has 1/r times the class-weighted margin of a
+#    cosine.
+# 2. In step 1, instead of weighing all wrong classes alike, give the class y + Delta the weight
+#    (2-r)/(p-2+r) if Delta is even and r/(p-2+r) if it is odd. These add up to 1, and the margin
+#    that is weighted so is at least the smallest, too.
+# 3. In this margin each frequency j < p/2 has the factor p/(p-2+r), where it had p/(p-1), and p/2
+#    has r times that. So all frequencies give the same for their norm, and none gives more than
+#    (p-1)/(p-2+r) times the formula.
+# 4. even_rotated_network reaches it.
 
 
-def even_max_margin(k, p):
-    """gamma* for even p.
+def even_factor(k, p):
+    """What gamma* of an even p is of the formula for odd p.
 
-    >>> even_max_margin(3, 2)  # parity: four neurons of norm 4^(-1/4), vectors +-(1, -1)
-    0.1875
+    >>> even_factor(3, 2)  # parity: 1 / r
+    2.0
     """
-    r = 2 ** (-(k - 1) / 2)
-    odd = 2 * math.factorial(k) / ((2 * k + 2) ** ((k + 1) / 2) * (p - 1) * p ** ((k - 1) / 2))
-    return odd * (p - 1) / (p - 2 + r)
+    return (p - 1) / (p - 2 + 2 ** (-(k - 1) / 2))
 
 
 def even_rotated_network(k, p):
@@ -1606,11 +1580,11 @@ def even_rotated_network(k, p):
 
     Of sum_i ||theta_i||^(k+1) = 1 the neurons of a pair j, p-j have 2/(p-2+r), those of p/2 have
     r/(p-2+r), so that F(j, .., j, -j) is the same for every j != 0."""
-    r, nu, signs = 2 ** (-(k - 1) / 2), k + 1, half_of_all_signs(k)
+    r, signs = 2 ** (-(k - 1) / 2), half_of_all_signs(k)
     pairs = cosine_network(k, p, *rotated_neurons(k))  # of norm 1
-    size = ((p - 2) / (p - 2 + r)) ** (1 / nu)
-    wave = (-1.0) ** np.arange(p) / math.sqrt(nu * p)
-    wave *= (r / (p - 2 + r) / len(signs)) ** (1 / nu)
+    size = ((p - 2) / (p - 2 + r)) ** (1 / (k + 1))
+    wave = (-1.0) ** np.arange(p) / math.sqrt((k + 1) * p)
+    wave *= (r / (p - 2 + r) / len(signs)) ** (1 / (k + 1))
     u = signs.T[:, None] * wave[:, None]  # [k, p, 2^(k-1)]
     w = signs.prod(axis=1)[:, None] * wave
     return {"u": xp.concatenate([size * pairs["u"], xp.asarray(u)], axis=2),
@@ -1734,6 +1708,64 @@ def check_memory(config):
         raise BadInput("too large: the weights, attention matrices, or what is computed of "
                        f"{piece} inputs exceed {MAX_BYTES // 2**30} GiB; take a smaller m or p, "
                        "or fewer or smaller heads or layers")
+
+
+# ---- The machine: a CPU with threads, or a GPU ---------------------------------------------------
+
+
+def use_device(device):
+    """Let all arrays live on the "cpu" (numpy) or on the "gpu" (cupy). Returns the device.
+
+    Raises BadInput for another device, or if there is no GPU that can be used, with the reason."""
+    global xp, PIECE
+    if device not in ("cpu", "gpu"):
+        raise BadInput(f"device must be cpu or gpu, not {device!r}")
+    xp, PIECE = np, 256
+    if device == "gpu":
+        try:
+            import cupy
+            cupy.zeros(1)  # fails without a driver or a device
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise BadInput(f"no GPU can be used: {reason}; use --device cpu") from None
+        xp, PIECE = cupy, 2**14  # a GPU is busy only with large pieces
+    return device
+
+
+THREADS = 1  # how many pieces are computed at the same time
+
+
+def use_threads(n):
+    """Let n threads take the pieces of inputs (over_pieces); it is 1 unless asked. Returns n.
+
+    numpy lets go of Python's lock while it computes, so that n cores can work. Give BLAS one thread
+    then: two of our threads with two BLAS threads each take twice as long as without ours. BLAS
+    reads OPENBLAS_NUM_THREADS and the like when numpy is imported, so this is for whoever starts
+    Python; train.py does it. The pieces are the same for any n, and so is every bit of what is
+    computed of them. On a GPU there is always one. Raises BadInput unless n is a whole number from
+    1 to 1024."""
+    global THREADS, map_pieces
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool) or not 1 <= n <= 1024:
+        raise BadInput(f"threads must be a whole number from 1 to 1024, not {n!r}")
+    THREADS = int(n)
+    map_pieces = map if THREADS == 1 else map_on_threads
+    return THREADS
+
+
+def map_on_threads(function, pieces):
+    """map(function, pieces) by THREADS threads."""
+    if xp is not np:
+        yield from map(function, pieces)
+        return
+    waiting = collections.deque()  # not all pieces at once, as their results need memory
+    with ThreadPoolExecutor(THREADS) as pool:
+        for piece in pieces:
+            if len(waiting) == 2 * THREADS:
+                yield waiting.popleft().result()
+            context = contextvars.copy_context()  # np.errstate holds in the threads, too
+            waiting.append(pool.submit(context.run, function, piece))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # ---- Run files: one .npz file each ---------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_why_k_2_needs_six_neurons_a_frequency():
 def test_formulas_from_the_weights(k, p, seed):
     """The circuit, the mean margins and the network's DFT from the weights, against all p^k inputs;
     and no network beats gamma*: smallest margin <= mean weighted one <= gamma* ||theta||^(k+1),
-    with the same weight for all wrong classes, and for even p those of even_max_margin."""
+    with the same weight for all wrong classes, and for even p those of part 3."""
     params, a, j = gaussian(k, p, 5, seed), fc.all_inputs(k, p), np.arange(1, p)
     f, y, each = plain_mlp(params, a), fc.labels(a, p), np.arange(p**k)
     rounding = 1e-12 * abs(f).max()
@@ -204,7 +204,8 @@ def test_formulas_from_the_weights(k, p, seed):
     expected = [0, *dft[(j,) * k + (p - j,)]]
     assert diagonal == pytest.approx(np.array(expected), abs=1e-11 * abs(dft).max())
     means = [(f[each, y] - f[each, (y + delta) % p]).mean() for delta in range(1, p)]
-    seen, (g, _) = fc.evaluate(network_of(params), a), fc.circuit(network_of(params), a)
+    looked = fc.look(network_of(params), a)
+    seen, (g, _) = fc.evaluate(looked), fc.circuit(looked)
     assert g[0] - g[1:] == pytest.approx(np.array(means), rel=1e-9, abs=rounding)
     assert p * np.fft.ifft(g) == pytest.approx(diagonal / p**k, rel=1e-9, abs=rounding)
     r = 1 if p % 2 else 2 ** (-(k - 1) / 2)
@@ -538,14 +539,14 @@ def test_margins_norm_and_what_is_right(activation, monkeypatch):
     right = f.argmax(axis=1) == y
     expected = {"right": right, "accuracy": right.mean(), "margin": margin.min(),
                 "loss": -np.log(softmax(f, 1)[each, y]).mean()}
-    assert close(fc.evaluate(lambda a: fc.mlp(params, a, activation), a), expected)
+    assert close(fc.evaluate(fc.look(lambda a: fc.mlp(params, a, activation), a)), expected)
     norm = (plain_penalty(*params.values()) / 0.3) ** (1 / 4)
     assert fc.norm(params) == pytest.approx(norm, rel=1e-13)
     if activation == "power":
         ratio = fc.normalized_margin({name: 2 * x for name, x in params.items()})
         assert ratio == pytest.approx(margin.min() / norm**4, rel=1e-11)
     none = {name: 0 * x for name, x in params.items()}
-    assert fc.evaluate(network_of(none), a)["accuracy"] == 0  # all classes equal: all wrong
+    assert fc.evaluate(fc.look(network_of(none), a))["accuracy"] == 0  # all classes equal: all wrong
     assert fc.norm(none) == 0 == fc.normalized_margin(none)
     assert all((x == 0).all() for x in fc.penalty(none, 0.3)[1].values())
 
@@ -690,7 +691,7 @@ def test_measures_do_not_depend_on_the_scale(dtype, scale):
     assert same.pop("size") == pytest.approx(scale**2 * heads.pop("size"), rel=1e-6)
     assert close(same, heads, rel=0, abs=0) and heads["live"].all()
     if abs(math.log2(scale)) < 25 or dtype == "float64":
-        (g, share), (large, same) = (fc.circuit(network_of(x), fc.all_inputs(3, 7))
+        (g, share), (large, same) = (fc.circuit(fc.look(network_of(x), fc.all_inputs(3, 7)))
                                      for x in (params, scaled))
         assert 0 < share < 1 and same == share and (large == scale**4 * g).all()
 
@@ -705,7 +706,7 @@ def test_circuit_share(k, p, monkeypatch):
     all frequencies of a max-margin network."""
     monkeypatch.setattr(fc, "PIECE", 7)
     params, a, j = gaussian(k, p, 6), fc.all_inputs(k, p), np.arange(1, p)
-    f, (seen, share) = plain_mlp(params, a), fc.circuit(network_of(params), a)
+    f, (seen, share) = plain_mlp(params, a), fc.circuit(fc.look(network_of(params), a))
     centred, y = f - f.mean(axis=1, keepdims=True), a.sum(axis=1)
     g = np.array([np.mean([row[(c + d) % p] for row, c in zip(centred, y)]) for d in range(p)])
     assert seen == pytest.approx(g, rel=1e-9, abs=1e-12)
@@ -719,12 +720,12 @@ def test_circuit_share(k, p, monkeypatch):
     x, rest = 2 * np.pi * shift / p, rest - rest.mean(axis=1, keepdims=True)
     wave = np.cos(x) + 0.2 * np.cos(2 * x)
     logits = 7 + rest + wave * math.sqrt(3 * (rest**2).sum() / (wave**2).sum())
-    seen, share = fc.circuit(looked_up(logits), a, 20)
+    seen, share = fc.circuit(fc.look(looked_up(logits), a, 20))
     assert share == pytest.approx(0.75, rel=1e-10)
-    best, _ = fc.circuit(network_of(fc.rotated_network(k, p)), a)
+    best, _ = fc.circuit(fc.look(network_of(fc.rotated_network(k, p)), a))
     assert [fc.circuit_frequencies(x) for x in (best, seen, np.zeros(p))] == [p // 2, 2, 0]
-    assert fc.circuit(looked_up(normal(p**k, p, seed=4)), a)[1] < 5 / p**k
-    assert fc.circuit(looked_up(np.zeros((p**k, p))), a)[1] == 0
+    assert fc.circuit(fc.look(looked_up(normal(p**k, p, seed=4)), a))[1] < 5 / p**k
+    assert fc.circuit(fc.look(looked_up(np.zeros((p**k, p))), a))[1] == 0
 
 
 def test_neuron_shares_of_planted_neurons():
@@ -889,7 +890,7 @@ def test_a_step_is_what_is_written(settings, steps):
         if steps:  # the batch of the step before, at the weights of then
             before = advance(small_run(dtype="float64", **settings), steps - 1)
             last = fc.network_of(config, before.params), fc.next_batch(before)
-            coefficient = min(1, fc.evaluate(*last)["loss"] / math.log(p))
+            coefficient = min(1, fc.evaluate(fc.look(*last))["loss"] / math.log(p))
         _, gradients = with_control_variate(params, a, coefficient)
     if config.get("max_margin"):
         _, pull = fc.penalty(params, config["penalty"])
@@ -962,8 +963,9 @@ def test_report_and_history(settings):
         loss = line.pop(f"{name}_loss")
         if part.any():
             assert r[f"{name}_accuracy"] == (margin > 0)[part].mean()
-            assert loss == pytest.approx(fc.evaluate(network, a[part])["loss"], rel=1e-9)
-            _, circuit_share = fc.circuit(network, a[part])
+            seen = fc.look(network, a[part])
+            assert loss == pytest.approx(fc.evaluate(seen)["loss"], rel=1e-9)
+            _, circuit_share = fc.circuit(seen)
     assert line.pop("step") == 40
     assert line.pop("circuit_share") == pytest.approx(circuit_share, rel=1e-9)
     assert close(line, {name: r[name] for name in line}, rel=1e-12)
