@@ -408,7 +408,7 @@ def draw_shares(axis, before, after, title):
     """Histograms of shares of power before and after training."""
     for x, colour, label in ((before, BEFORE, "before"), (after, AFTER, "after")):
         axis.hist(x.ravel(), np.linspace(0, 1, 51), color=colour, label=label, density=True)
-    axis.set(title=title, yticks=())
+    axis.set(title=title, xlabel="share", ylabel="density", yticks=())
     axis.legend()
 
 
@@ -420,7 +420,7 @@ def draw(run, name, directory):
     draw_curve(last, [run], "train_accuracy", "train accuracy", BEFORE)
     draw_curve(last, [run], "test_accuracy", "test accuracy", AFTER)
     draw_curve(last, [run], "margin_ratio", "margin / gamma*", "black")
-    last.set(xlabel="step", ylim=(0, 1.03))
+    last.set(xlabel="step", ylabel="share", ylim=(0, 1.03))
     last.legend(handles=last.lines)
     save_figure(figure, directory, name)
 
@@ -448,11 +448,13 @@ def draw_mlp(run):
         weights.plot(t, cosine_at(x, measures["frequency"][one], t), lw=0.7, color=AFTER)
         weights.set(ylabel=f"$u_{j + 1}$" if j < k else "$w$", yticks=(-1, 0, 1))
         power.set(ylim=(0, 1), yticks=(0, 1))
+    axes[-1, 0].set_xlabel("number a, or class")
+    axes[-1, 1].set_xlabel("frequency")
     axes[0, 0].set_title(f"neuron {one}: each vector over its largest entry")
     axes[0, 1].set_title("its share of power by frequency")
     counts, power, last = right.subplots(3, 1)
     counts.bar(zeta[1:], histogram(measures["frequency"][measures["single"]], p), color=AFTER)
-    counts.set_title("live single-frequency neurons by frequency")
+    counts.set(title="live single-frequency neurons", xlabel="frequency")
     draw_shares(power, fc.neuron_spectra(first.params)["shares"], measures["shares"][:, live],
                 "maximum normalized power of all $u_1 .. u_k, w$")
     return figure, last
@@ -491,21 +493,24 @@ def draw_attention(run, count=4):
 
 
 def draw_groups(groups, directory, name="grokking"):
-    """Figure 4: accuracies and the circuit's share of the logits over steps, a panel a group, mean
-    and range over its seeds."""
-    figure = new_figure(2.6 * len(groups) + 0.6, 4)
-    axes = figure.subplots(2, len(groups), sharex="col", sharey=True, squeeze=False)
-    for ((k, p, apart), runs), (above, below) in zip(groups.items(), axes.T):
-        draw_curve(above, runs, "train_accuracy", "train", BEFORE)
-        draw_curve(above, runs, "test_accuracy", "test", AFTER)
-        draw_curve(below, runs, "test_accuracy", "test accuracy", AFTER)
-        draw_curve(below, runs, "circuit_share", "circuit share", "black")
-        above.set(title=f"k = {k}, p = {p}\n{apart}".rstrip(), ylim=(-0.02, 1.02))
+    """Figure 4: accuracies and the circuit's share of the logits' power over steps, mean and range
+    over the seeds of each group. A column for each k and p, a row for what else differs."""
+    columns = sorted({(k, p) for k, p, _ in groups})
+    rows = sorted({apart for *_, apart in groups}, reverse=True)  # random above orbits
+    figure = new_figure(max(5, 1.6 * len(columns) + 0.8), 1.9 * len(rows) + 0.8)
+    axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    for (k, p, apart), runs in groups.items():
+        axis = axes[rows.index(apart), columns.index((k, p))]
+        draw_curve(axis, runs, "train_accuracy", "train accuracy", BEFORE)
+        draw_curve(axis, runs, "test_accuracy", "test accuracy", AFTER)
+        draw_curve(axis, runs, "circuit_share", "circuit share", "black")
+        handles = axis.lines
+    for (k, p), above, below in zip(columns, axes[0], axes[-1]):
+        above.set(title=f"k = {k}, p = {p}", ylim=(-0.02, 1.02))
         below.set_xlabel("step")
-    axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("share")
-    for axis in axes[:, 0]:
-        axis.legend(handles=axis.lines)
+    for apart, axis in zip(rows, axes[:, 0]):
+        axis.set_ylabel(f"{apart}\nshare".lstrip())
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     save_figure(figure, directory, name)
 
 
