@@ -14,11 +14,14 @@ import copy
 import errno
 import json
 import os
+import signal
 import string
 import sys
 import warnings
 
 if __name__ == "__main__":  # before numpy is imported: see use_machine
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_main, Ctrl-C ends without a word
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         os.environ.setdefault(name, "1")
 
@@ -652,6 +655,8 @@ def run_main(main):
             stream.reconfigure(errors="replace")
     warnings.simplefilter("ignore", RuntimeWarning)  # the scripts look for overflow themselves
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(sys.argv[1:])
         if sys.stdout is not None:
             sys.stdout.flush()

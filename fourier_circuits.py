@@ -1835,24 +1835,40 @@ def load_run(path):
 
 
 def run_of_arrays(arrays):
-    """The run in the arrays of a file. Raises some error unless they are those of save_run."""
+    """The run in the arrays of a file. Raises ValueError, or another error that load_run turns into
+    BadInput, unless they are those of save_run."""
     meta = json.loads(str(arrays.pop("meta")))
-    if meta.pop("format") != FORMAT or complete(meta["config"]) != meta["config"]:
-        raise ValueError
-    groups = {group: {} for group in GROUPS}
+    require(meta.pop("format") == FORMAT)
+    require(set(meta) == {"config", "step", "seconds", "history"})
+    config = meta["config"]
+    require(complete(config) == config)
+    require(type(meta["step"]) is int and 0 <= meta["step"] <= config["steps"])
+    require(type(meta["seconds"]) in (int, float) and 0 <= meta["seconds"] < math.inf)
+    require(type(meta["history"]) is list and all(map(is_line, meta["history"])))
     train, loss = arrays.pop("train"), arrays.pop("loss")
+    require((train.shape, train.dtype) == ((config["p"] ** config["k"],), bool) and train.any())
+    require((loss.shape, loss.dtype) == ((), config["dtype"]))
+    groups = {group: {} for group in GROUPS}
     for name, x in arrays.items():
         group, _, weight = name.partition(" ")
-        groups[group][weight] = x
-    config = meta["config"]
-    expected = {name: (x.shape, x.dtype) for name, x in
-                model_of(config).init(stream(config, 1), **config).items()}
+        groups[group][weight] = xp.asarray(x)
+    first = model_of(config).init(stream(config, 1), **config)
     for weights in groups.values():
-        if {name: (x.shape, x.dtype) for name, x in weights.items()} != expected:
-            raise ValueError
-    size, dtype = (config["p"] ** config["k"],), np.dtype(config["dtype"])
-    if (train.shape, train.dtype, loss.shape, loss.dtype) != (size, np.dtype(bool), (), dtype):
-        raise ValueError
-    groups = {group: {name: xp.asarray(x) for name, x in weights.items()}
-              for group, weights in groups.items()}
+        require(set(weights) == set(first))
+        for name, x in weights.items():
+            require((x.shape, x.dtype) == (first[name].shape, first[name].dtype))
+            require(bool(xp.isfinite(x).all()))
     return Run(**meta, **groups, train=train, loss=xp.asarray(loss))
+
+
+def require(condition):
+    """Raise ValueError unless this is so."""
+    if not condition:
+        raise ValueError
+
+
+def is_line(line):
+    """Whether this can be a line of a history, see progress."""
+    names = {"step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "circuit_share"}
+    return names <= set(line) and all(
+        x is None or type(x) in (int, float) for x in line.values()) and type(line["step"]) is int

@@ -25,6 +25,8 @@ import threading
 import time
 
 if __name__ == "__main__":  # before numpy is imported: see use_machine
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_main, Ctrl-C ends without a word
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         os.environ.setdefault(name, "1")
 
@@ -126,6 +128,13 @@ class Guard:
         print(text)
         sys.exit(128 + self.received[0])
 
+    def finish(self):
+        """Save the finished run. -> None, or the BadInput that says why it could not be saved."""
+        try:
+            self.save_or_say()
+        except fc.BadInput as error:
+            return error
+
     def save_or_say(self):
         """Save the run, or beside its place if something else came to be there. Raises BadInput
         that says what is there, if it could not be saved in its place."""
@@ -144,8 +153,8 @@ class Guard:
         """What of the run is in its file."""
         if self.saved is None:
             return "nothing of it is saved"
-        return f"its save of step {self.saved} is kept; once that works again, go on with " \
-               f"{self.again}"
+        return (f"its save of step {self.saved} is kept; once that works again, go on with "
+                f"{self.again}")
 
 
 def smaller(config):
@@ -394,11 +403,7 @@ def main(argv):
     again += f" --threads {threads}" * bool(threads)
     with Guard(run, out, save_every, again, not finished) as guard:
         train(run, guard)
-    problem = None
-    try:
-        guard.save_or_say()
-    except fc.BadInput as error:
-        problem = error
+        problem = guard.finish()
     print_report(report(run))
     if problem:
         raise problem
