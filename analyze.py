@@ -19,7 +19,7 @@ import string
 import sys
 import warnings
 
-if __name__ == "__main__":  # before numpy is imported: see use_machine
+if __name__ == "__main__":  # before numpy is imported: see machine
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_main, Ctrl-C ends without a word
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
@@ -536,10 +536,16 @@ def main(argv):
         parser.error("give either run files, with --json or --figures, or --theory alone")
     if args.runs and (args.k, args.p) != (None, None):
         parser.error("--k and --p are for --theory; a run has its own")
-    use_machine(args.device, args.threads)
-    if args.theory:
-        print_theory(3 if args.k is None else args.k, 23 if args.p is None else args.p)
-        return 0
+    with machine(args.device, args.threads):
+        if args.theory:
+            print_theory(3 if args.k is None else args.k, 23 if args.p is None else args.p)
+        else:
+            show_runs(args)
+    return 0
+
+
+def show_runs(args):
+    """Draw or print what is asked for of the runs."""
     with drawing() if args.figures else contextlib.nullcontext():
         runs = {path: fc.load_run(path) for path in args.runs}
         if len(runs) < len(args.runs):
@@ -550,7 +556,6 @@ def main(argv):
         print_json(runs)
     elif not args.figures:
         print_runs(runs)
-    return 0
 
 
 def are_blocks(runs):
@@ -622,15 +627,20 @@ def add_machine(parser):
                         "compute; the results do not depend on it; default: one for each core")
 
 
-def use_machine(device, threads):
-    """Compute on this device with so many threads. None: as many as this process may use cores; but
-    1 on a GPU, and 1 where BLAS takes more than one thread, because the user says so in the
-    environment or because this is not our program."""
+@contextlib.contextmanager
+def machine(device, threads):
+    """Compute on this device with so many threads, and then with one. None: as many as this process
+    may use cores; but 1 on a GPU, and 1 where BLAS takes more than one thread, because the user
+    says so in the environment or because this is not our program."""
     fc.use_device(device)
     blas = {os.environ.get(name) for name in BLAS_THREADS}
     if threads is None:
         threads = cores() if device == "cpu" and blas == {"1"} else 1
     fc.use_threads(threads)
+    try:
+        yield
+    finally:
+        fc.use_threads(1)
 
 
 def cores():

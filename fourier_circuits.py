@@ -1733,6 +1733,7 @@ def use_device(device):
 
 
 THREADS = 1  # how many pieces are computed at the same time
+pool = None  # of that many threads
 
 
 def use_threads(n):
@@ -1747,25 +1748,37 @@ def use_threads(n):
     global THREADS, map_pieces
     if not isinstance(n, numbers.Integral) or isinstance(n, bool) or not 1 <= n <= 1024:
         raise BadInput(f"threads must be a whole number from 1 to 1024, not {n!r}")
+    if pool:
+        pool.shutdown()
     THREADS = int(n)
     map_pieces = map if THREADS == 1 else map_on_threads
+    new_pool()
     return THREADS
 
 
+def new_pool():
+    """Make the pool of threads: it stays, as starting threads takes as long as a small step."""
+    global pool
+    pool = ThreadPoolExecutor(THREADS) if THREADS > 1 else None
+
+
+if hasattr(os, "register_at_fork"):  # a forked process does not have the threads of its parent
+    os.register_at_fork(after_in_child=new_pool)
+
+
 def map_on_threads(function, pieces):
-    """map(function, pieces) by THREADS threads."""
+    """map(function, pieces) by the threads of the pool."""
     if xp is not np:
         yield from map(function, pieces)
         return
     waiting = collections.deque()  # not all pieces at once, as their results need memory
-    with ThreadPoolExecutor(THREADS) as pool:
-        for piece in pieces:
-            if len(waiting) == 2 * THREADS:
-                yield waiting.popleft().result()
-            context = contextvars.copy_context()  # np.errstate holds in the threads, too
-            waiting.append(pool.submit(context.run, function, piece))
-        while waiting:
+    for piece in pieces:
+        if len(waiting) == 2 * THREADS:
             yield waiting.popleft().result()
+        context = contextvars.copy_context()  # np.errstate holds in the threads, too
+        waiting.append(pool.submit(context.run, function, piece))
+    while waiting:
+        yield waiting.popleft().result()
 
 
 # ---- Run files: one .npz file each ---------------------------------------------------------------

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 
-if __name__ == "__main__":  # before numpy is imported: see use_machine
+if __name__ == "__main__":  # before numpy is imported: see machine
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_main, Ctrl-C ends without a word
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
@@ -33,8 +33,8 @@ if __name__ == "__main__":  # before numpy is imported: see use_machine
 import numpy as np
 
 import fourier_circuits as fc
-from analyze import (Parser, add_machine, complain, print_report, report, run_main, share,
-                     use_machine)
+from analyze import (Parser, add_machine, complain, machine, print_report, report, run_main,
+                     share)
 
 # The published sizes; Figures 2, 6, 8 show 1, 5, 7 again. How Figures 1 to 8 were trained is not
 # published in full: here 1, 5, 7 train with a control variate and equal sizes, and 4 has the
@@ -377,30 +377,33 @@ def main(argv):
     flags = parse(argv)
     device, threads, out, save_every, resume, timing = (flags.pop(name, None) for name in (
         "device", "threads", "out", "save_every", "resume", "benchmark"))
-    flags = settings(flags)
     if save_every < 0:
         raise fc.BadInput(f"--save-every must be 0 or more steps, not {save_every}")
-    use_machine(device, threads)
-    run = resumed(resume, flags) if resume else None
-    config = run.config if resume else fc.complete(flags)
-    if timing:
-        return benchmark(config)
-    kind = [rule for rule in ("control-variate", "max-margin")
-            if config.get(rule.replace("-", "_"))] or [config["model"]]
-    out = out or resume or f"{kind[0]}-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
+    flags = settings(flags)
+    again = f" --save-every {save_every}" * bool(save_every)
+    again += f" --device {device}" * (device != "cpu") + f" --threads {threads}" * bool(threads)
+    with machine(device, threads):
+        run = resumed(resume, flags) if resume else fc.new_run(fc.complete(flags))
+        if timing:
+            benchmark(run.config)
+        else:
+            train_and_report(run, out, resume, save_every, again)
+    return 0
+
+
+def train_and_report(run, out, resume, save_every, again):
+    """Train a run, which came from the file `resume` if it is one, save it in the file `out` and
+    print its report. again: the flags with which to go on after a stop."""
+    out = out or resume or default_name(run.config)
     out = os.path.join(".", out) if out.startswith("-") else out
+    finished = False
     if not resume:
-        run = fc.new_run(config)
         finished = claim(out, run)
     elif os.path.exists(out) and os.path.realpath(out) != os.path.realpath(resume):
         raise fc.BadInput(f"{out} exists; choose another --out")
     else:
         fc.save_run(out, run, keep=not os.path.exists(out))
-        finished = False
-    again = command("train.py", "--resume", out)
-    again += f" --save-every {save_every}" * bool(save_every)
-    again += f" --device {device}" * (device != "cpu")
-    again += f" --threads {threads}" * bool(threads)
+    again = command("train.py", "--resume", out) + again
     with Guard(run, out, save_every, again, not finished) as guard:
         train(run, guard)
         problem = guard.finish()
@@ -408,7 +411,13 @@ def main(argv):
     if problem:
         raise problem
     print(f"  saved to {out}; look inside with\n  {command('analyze.py', out)}")
-    return 0
+
+
+def default_name(config):
+    """The name of a run's file."""
+    kind = [rule for rule in ("control-variate", "max-margin")
+            if config.get(rule.replace("-", "_"))] or [config["model"]]
+    return f"{kind[0]}-k{config['k']}-p{config['p']}-seed{config['seed']}.npz"
 
 
 if __name__ == "__main__":
