@@ -42,7 +42,8 @@ A capital U_1, W or F is the DFT of u_1, w or f, over all their arguments:
 
     F(j_1, .., j_k, j_c) = sum over a, c of f(a)[c] e^(-2 pi i (j_1 a_1 + .. + j_k a_k + j_c c)/p).
 
-x^k is a power. Other letters are explained where they are used.
+x^k is a power. Other letters belong to a section or a function, which explains them: in part 2, for
+example, W_1 and W_Q are weights, H is a number of heads and q a query.
 
 A layer is a function y, backward = layer(x, ..). Its backward takes the gradient of the loss with
 respect to y, which is called dy, and returns the gradients with respect to the layer's arguments,
@@ -106,9 +107,8 @@ def check_size(k, p, m=1):
     """Raise BadInput unless k >= 2, p >= 2, m >= 1, and D_p and m neurons fit in memory."""
     if k < 2 or p < 2 or m < 1:
         raise BadInput(f"k = {k} and p = {p} must be at least 2, m = {m} at least 1")
-    # 2^200 is too large in any case, and computing p^k for k = 10^6 would take long. 8 bytes for a
-    # number of an input, 16 for a weight: itself, its gradient and two moments in float32 (float64
-    # takes twice that).
+    # A number of an input takes 8 bytes. A weight takes 16: itself, its gradient and two moments,
+    # in float32. p^k is not computed where it is above 2^200: that could take long.
     if k * math.log2(p) > 200 or max(8 * k * p**k, 16 * (k + 1) * p * m) > MAX_BYTES:
         raise BadInput(f"too large: k = {k}, p = {p} have p^k inputs, m neurons (k+1) p weights; "
                        f"they exceed {MAX_BYTES // 2**30} GiB; take a smaller k, p or m")
@@ -282,9 +282,9 @@ def learning_rate(config, step):
 def adamw(params, grads, first, second, step, lr, weight_decay, betas, eps=1e-8):
     """One step of AdamW, in place (Loshchilov and Hutter 2019, Algorithm 2 with decay lr * wd).
 
-    params, grads: {name: array}. first, second: exponential means of the gradient and of its square
-    with decay rates betas, which start at 0 and are divided by 1 - beta^step for that; step counts
-    from 1. Biases, arrays of one axis, do not decay."""
+    params, grads: {name: array}. first, second: exponential means of the gradient and of its
+    square, with decay rates betas. They start at 0, so they are too small at first; dividing by
+    1 - beta^step corrects this. step counts from 1. Biases, arrays of one axis, do not decay."""
     beta1, beta2 = betas
     for name, x in params.items():
         g, mean, square = grads[name], first[name], second[name]
@@ -320,8 +320,9 @@ def model_of(config):
 
 @dataclass(eq=False)
 class Run:
-    """A training run: all that its file holds, and so all that its next step depends on. It has its
-    own copy of the settings. index: the indices of the inputs to train on (see digits)."""
+    """A training run: everything that its next step depends on. save_run writes it all, but for
+    index, the indices of the inputs to train on (see digits), which follows from train. A run has
+    its own copy of the settings."""
     config: dict
     params: dict
     first: dict  # AdamW's moments
@@ -341,8 +342,9 @@ class Run:
 
 
 def stream(config, *use):
-    """A random generator of its own for each use: 0 is the split; 1 the first weights; 2, step the
-    batch of a step; 3 the inputs of a line of progress."""
+    """The random generator for one use of the seed. stream(config, 0) is for the split, 1 for the
+    first weights, 3 for the inputs of a line of progress; stream(config, 2, step) is for the batch
+    of that step, so that a resumed run draws the same batches."""
     return np.random.default_rng(np.random.SeedSequence(config["seed"], spawn_key=use))
 
 
@@ -439,7 +441,7 @@ def power_spectrum(x):  # [.., p] -> [.., p // 2 + 1]
     return fold * np.abs(np.fft.rfft(x)) ** 2
 
 
-def normalized(x, axis=-1):
+def scaled_to_one(x, axis=-1):
     """x divided by its largest size along these axes; zeros stay zeros. So the sum of its squares
     is at least 1, or 0, and no square overflows."""
     size = np.abs(x).max(axis=axis, keepdims=True)
@@ -454,7 +456,7 @@ def max_normalized_power(x):  # [.., p] -> [..]
     >>> max_normalized_power(np.array([cosine, cosine + 1])).round(6).tolist()
     [1.0, 0.333333]
     """
-    spectrum = power_spectrum(normalized(to_host(x).astype("float64")))
+    spectrum = power_spectrum(scaled_to_one(to_host(x).astype("float64")))
     return spectrum[..., 1:].max(axis=-1) / np.maximum(spectrum.sum(axis=-1), 1)
 
 
@@ -494,7 +496,7 @@ def neuron_spectra(params):
                         single_frequency_fraction, of the live ones; frequencies_used, by the single
                         ones"""
     vectors, norms = neurons(params).astype("float64"), to_host(neuron_norms(params))
-    vectors = normalized(vectors, axis=(0, 2))  # each neuron by itself
+    vectors = scaled_to_one(vectors, axis=(0, 2))  # each neuron by itself
     spectrum = power_spectrum(vectors).sum(axis=0)  # [m, p // 2 + 1]
     zeta, each = 1 + spectrum[:, 1:].argmax(axis=1), np.arange(len(norms))
     concentration = spectrum[each, zeta] / np.maximum(spectrum.sum(axis=1), 1)
@@ -525,7 +527,8 @@ def ablate(params):
 def margins(logits, y):  # [n, p], [n] -> [n], [n]
     """Margin f[y] - max_{y' != y} f[y'] and class-weighted margin f[y] - mean_{y' != y} f[y'].
 
-    The second has uniform weights (Def. 3.6). Right means a margin above 0: a tie is wrong.
+    Definition 3.6 weighs the wrong classes; here all weights are 1/(p-1). An input is answered
+    right if its margin is above 0: a tie is wrong.
 
     >>> margin, weighted = margins(np.array([[5.0, 3.0, 1.0]]), np.array([0]))
     >>> margin.tolist(), weighted.tolist()
@@ -542,7 +545,7 @@ class Seen(NamedTuple):
     margin: np.ndarray  # [n], on the host
     loss: float  # the sum of the inputs' cross-entropies
     scale: float  # the largest size in f~; the next two are in units of it, so as not to overflow
-    aligned: np.ndarray  # [p], the sum over the inputs of f~(a)[a_1 + .. + a_k + Delta]
+    aligned: np.ndarray  # [p], the sum over the inputs of f~(a)[a_1 + .. + a_k + Delta mod p]
     squares: float  # the sum of the squares of all f~(a)[c]
 
 
@@ -605,7 +608,7 @@ def circuit(seen):
 
 def circuit_frequencies(g):
     """How many frequencies hold 99% of the power of a circuit g [p]."""
-    spectrum = power_spectrum(normalized(g))[1:]
+    spectrum = power_spectrum(scaled_to_one(g))[1:]
     held = np.cumsum(np.sort(spectrum)[::-1])  # by the 1, 2, .. strongest
     return 1 + int(np.searchsorted(held, 0.99 * held[-1])) if held[-1] > 0 else 0
 
@@ -647,7 +650,7 @@ MODELS["relu"] = MODELS["mlp"]._replace(network=relu_mlp)
 # are cosines (Theorem 4.1 and Lemma 4.2). p is odd.
 #
 # 1. The smallest margin of a network is at most the mean over D_p of its class-weighted margin, the
-#    right logit less the mean of the others.
+#    right logit less the mean of the others, because the largest of these is at least their mean.
 # 2. On an input, a neuron has the class-weighted margin p/(p-1) z^k w~(y), where z = u_1(a_1) + ..
 #    + u_k(a_k), y is the right class, and w~ is w less its mean.
 # 3. Expand z^k. A monomial that lacks some u_j(a_j) averages to 0: if a_j alone varies, y takes
@@ -668,8 +671,8 @@ MODELS["relu"] = MODELS["mlp"]._replace(network=relu_mlp)
 #
 # 7. The sum of P(j) over all j is p ||theta_i||^2 (Parseval), and P(j) = P(p-j). The power P(0) of
 #    the means counts in this sum, but not in 4.
-# 8. The bound of 6 is strictly convex in P(j). So its sum over j is largest if all power is at one
-#    pair: P(zeta) = P(p-zeta) = p ||theta_i||^2 / 2.
+# 8. The bound of 6 is strictly convex in P(j), as (k+1)/2 > 1. So its sum over j is largest if all
+#    power is at one pair: P(zeta) = P(p-zeta) = p ||theta_i||^2 / 2.
 # 9. The two terms of this pair add up to
 #
 #        2 k! / ((p-1) p^k)  (p ||theta_i||^2 / (2k+2))^((k+1)/2)  =  gamma* ||theta_i||^(k+1).
@@ -678,8 +681,9 @@ MODELS["relu"] = MODELS["mlp"]._replace(network=relu_mlp)
 # 11. In a network that reaches gamma* there is equality everywhere. In 5, 6 and 8: each nonzero
 #     neuron has phases that add up, vectors of one size and mean 0, and a single frequency.
 # 12. And in 1: on each input the right logit is larger than each other one by just gamma*. So
-#     F(j, .., j, -j) = gamma* p^k for each j != 0 (Lemma F.2). A frequency that no neuron has would
-#     give 0 there: all frequencies are used.
+#     F(j, .., j, -j) = gamma* p^k for each j != 0 (Lemma F.2). By 3 it is the sum over neurons of
+#     k! U_1(j) .. U_k(j) W(-j), in which a frequency that no neuron has would be missing. So all
+#     frequencies are used.
 
 
 def norm(params):
@@ -743,6 +747,7 @@ def cosine_network(k, p, amplitudes, phases):
     zeta = np.arange(1, (p - 1) // 2 + 1)[:, None, None, None]
     angle = phases[:, :, None] + 2 * np.pi * zeta * np.arange(p) / p
     x = (amplitudes[:, :, None] * np.cos(angle)).reshape(-1, k + 1, p)  # [m, k+1, p]
+    # Each neuron's norm becomes m^(-1/(k+1)), so that the sum of their powers k+1 is 1.
     x *= max(1, len(x)) ** (-1 / (k + 1)) / np.sqrt((x**2).sum(axis=(1, 2), keepdims=True))
     return {"u": xp.asarray(x[:, :k].transpose(1, 2, 0).copy()), "w": xp.asarray(x[:, k].copy())}
 
@@ -785,8 +790,9 @@ def paper_network(k, p):
 #    (0, 0), (2, 0), (0, 2), (1, 1), (1, -1) or the negative of one of these.
 # 2. Let chi = (n_1 + n_c, n_2 + n_c). The coefficient of this character has the phase
 #    chi . (alpha, beta). Its absolute value is size times a number that all neurons share.
-# 3. A max-margin network is a sum of cos(x_1 + x_2 - x_c) over zeta (theory_check), whose
-#    characters have chi = 0. All others cancel: for each chi != 0
+# 3. By steps 11 and 12 above f(a)[c] is gamma* less gamma*/p at the right class and -gamma*/p at
+#    the others, which is 2 gamma*/p times the sum over zeta of cos(x_1 + x_2 - x_c). Its characters
+#    have chi = 0. All others cancel: for each chi != 0
 #
 #        sum over neurons of size e^(i chi . (alpha, beta)) = 0.
 #
@@ -908,8 +914,8 @@ def theory_check(params):
 #
 #    applied first to the wrong classes of each input and then to the inputs.
 # 2. By step 10 of the proof above ("the best network"), M <= gamma* N.
-# 3. Any multiple of a max-margin network has equality in 1 and 2, and no other network has, but for
-#    the one whose weights are all 0.
+# 3. Any positive multiple of a max-margin network has equality in 1 and 2, and no other network
+#    has, but for the one whose weights are all 0.
 # 4. What is left to find is the best size. With x = gamma* N and the strength lambda gamma*,
 #
 #        log(1 + (p-1) e^(-x)) + lambda x
@@ -1128,8 +1134,9 @@ def attention_settings(k=3, p=31, **_):
 
 
 def gated_decay(config, step, loss):
-    """The weight decay of a step of attention. Its gate, 1 - loss / log p, is 0 for a network that
-    guesses and 1 for one that knows: decay cannot end the learning before it has begun."""
+    """The weight decay of a step of attention. Its gate, 1 - loss / log p, is 0 at the loss of a
+    network that guesses and 1 at loss 0: decay cannot end the learning before it has begun. Once
+    the learning rate falls it is multiplied by final_decay."""
     gate = (1 - loss / math.log(config["p"])).clip(0)
     falling = step >= config["hold"] * config["steps"]
     return config["weight_decay"] * (gate * (config["final_decay"] if falling else 1))
@@ -1185,7 +1192,7 @@ def table_spectra(s, ov):  # [H, p, p], [H, p, c]
                      ones"""
     each, u = np.arange(len(s)), np.arange(s.shape[1] // 2 + 1)
     largest = np.abs(s).max(axis=(1, 2)) * np.abs(ov).max(axis=(1, 2))
-    s, ov = normalized(s, axis=(1, 2)), normalized(ov, axis=(1, 2))
+    s, ov = scaled_to_one(s, axis=(1, 2)), scaled_to_one(ov, axis=(1, 2))
     size = largest * np.sqrt((s**2).mean(axis=(1, 2)) * (ov**2).mean(axis=(1, 2)))
     spectrum = head_spectrum(s)
     # Add the query frequency -u to u; 0 and p/2 have no partner.
@@ -1410,7 +1417,7 @@ def neuron_shares(layer, k, p):
     or the sine of frequency zeta, but not the constant. The share is that of the projection onto
     the space of these, for the zeta for which it is largest. At k = 2 this is the measure of Nanda
     et al. 2023 (arXiv 2301.05217). It is taken by a product with these functions, piece by piece,
-    because a DFT needs the activations on all of D_p at once: 10 GiB at k=3 p=97."""
+    because a DFT needs the activations on all of D_p at once, several GiB at k=3 p=97."""
     def of_piece(a):
         x = to_host(layer(a)).astype("float64")
         bases = [single_frequency_basis(a, zeta, p) for zeta in range(1, p // 2 + 1)]
