@@ -17,11 +17,12 @@ import os
 import signal
 import string
 import sys
+import threading
 import warnings
 
 if __name__ == "__main__":  # before numpy is imported: see machine
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_main, Ctrl-C ends without a word
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while we import; see run_main
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         os.environ.setdefault(name, "1")
 
@@ -218,8 +219,9 @@ class Text(string.Formatter):
 
 def bars(x, low=None):
     """Numbers as a row of blocks. bars([0, 1, 2]) -> ' ▄█'."""
-    low, high = np.min(x) if low is None else low, np.max(x)
-    level = np.round(8 * (np.asarray(x) - low) / ((high - low) or 1)).astype(int)
+    x = np.asarray(x, "float64")
+    low, high = x.min() if low is None else low, x.max()
+    level = np.round(8 * (x - low) / ((high - low) or 1)).astype(int)
     return "".join(" ▁▂▃▄▅▆▇█"[i] for i in level)
 
 
@@ -548,7 +550,7 @@ def show_runs(args):
     """Draw or print what is asked for of the runs."""
     with drawing() if args.figures else contextlib.nullcontext():
         runs = {path: fc.load_run(path) for path in args.runs}
-        if len(runs) < len(args.runs):
+        if len({os.path.realpath(path) for path in runs}) < len(args.runs):
             raise fc.BadInput("the same run is given twice; give it once")
         if args.figures:
             draw_runs(runs, args.figures)
@@ -661,6 +663,22 @@ def complain(text):
             print("".join(x if x.isprintable() else "?" for x in text), file=sys.stderr)
 
 
+def answer_signals():
+    """Let Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that what is being
+    written is tidied up; not where they are ignored, and only in the main thread, which alone has
+    signals."""
+    def leave(number, _):
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, leave)
+
+
 def run_main(main):
     """Run a script's main, and end as a program should: what the user can mend is one line on
     stderr and exit code 2; 130 after Ctrl-C; 1, without a word, where nobody reads the output."""
@@ -669,8 +687,7 @@ def run_main(main):
             stream.reconfigure(errors="replace")
     warnings.simplefilter("ignore", RuntimeWarning)  # the scripts look for overflow themselves
     try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        answer_signals()
         code = main(sys.argv[1:])
         if sys.stdout is not None:
             sys.stdout.flush()

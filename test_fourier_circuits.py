@@ -437,8 +437,10 @@ def test_network_and_its_gradient(name, k, p):
         logits, backward = network(dict(zip(params, values)), a)
         return logits, lambda dlogits: [backward(dlogits)[name] for name in params]
     check_gradient(layer, *params.values(), **deep)
-    assert (network(params, a - p)[0] == network(params, a)[0]).all()  # numbers modulo p
-    for wrong in (a[0], a / 1.0, *[a[:, :-1]] * (name != "attention")):
+    for same in (a - p, a + 7 * p, a.astype("int8"), a.astype("uint16")):  # numbers modulo p
+        assert (network(params, same)[0] == network(params, a)[0]).all()
+    for wrong in (a[0], a / 1.0, a.astype(str), [[1, 2], [1]],
+                  *[a[:, :-1]] * (name != "attention")):
         with pytest.raises(fc.BadInput, match="whole numbers"):
             network(params, wrong)
     none, backward = network(params, a[:0])
@@ -1171,7 +1173,21 @@ def test_foreign_files(capsys, monkeypatch):
     fc.save_run("run.npz", advance(small_run(), 10))
     arrays = dict(np.load("run.npz"))
     text = str(arrays["meta"])
-    for change in ({"meta": np.array(text.replace(fc.FORMAT, "fourier-circuits run, format 4"))},
+    meta = json.loads(text)
+    line = meta["history"][0]
+    wrong = [{"step": x} for x in ("3", None, 3.5, -2, True, 41, math.inf)]
+    wrong += [{"seconds": x} for x in ("x", -5, math.nan, [])]
+    wrong += [{"history": x} for x in (
+        {}, None, [1], [{}], [line | {"step": 11}], [line | {"train_loss": None}], [line, line, 1],
+        [line | {"test_accuracy": "x"}])]
+    wrong += [{"config": meta["config"] | x} for x in ({"seed": 1}, {"train_fraction": 0.3})]
+    changes = [{"meta": np.array(json.dumps(meta | x))} for x in wrong]
+    for name in ("step", "seconds", "history", "config"):
+        changes.append({"meta": np.array(json.dumps({x: meta[x] for x in meta if x != name}))})
+    for change in (*changes, {"train": ~arrays["train"]}, {"train": arrays["train"] & False},
+                   {"params u": arrays["params u"] * np.float32(math.nan)},
+                   {"second w": -1 - arrays["second w"]},
+                   {"meta": np.array(text.replace(fc.FORMAT, "fourier-circuits run, format 4"))},
                    {"meta": np.array([object()])}, {"meta": np.array("{}")}, {"train": None},
                    {"meta": np.array(text.replace('"step"', '"stop"'))}, dict.fromkeys(arrays),
                    {"meta": np.array(text.replace('"p": 11', '"p": 13'))}, {"first u": None},

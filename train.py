@@ -26,7 +26,7 @@ import time
 
 if __name__ == "__main__":  # before numpy is imported: see machine
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_main, Ctrl-C ends without a word
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while we import; see run_main
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         os.environ.setdefault(name, "1")
 
@@ -88,12 +88,17 @@ class Guard:
         self.progress.close()
         self.signals.__exit__(*error)
 
-    def show(self, line, every):
-        """Show a line of progress. Raises BadInput if the loss or the weights overflowed."""
-        finite = all(fc.xp.isfinite(x).all() for x in self.run.params.values())
-        if not finite or not math.isfinite(line["train_loss"]):
+    def check(self, loss=0):
+        """Raise BadInput if the loss or the weights overflowed."""
+        finite = all(fc.xp.isfinite(x).all() for group in fc.GROUPS
+                     for x in getattr(self.run, group).values())
+        if not finite or not math.isfinite(loss):
             raise fc.BadInput(f"the {'loss' if finite else 'weights'} overflowed by step "
                               f"{self.run.step}; try {smaller(self.run.config)}")
+
+    def show(self, line, every):
+        """Show a line of progress. Raises BadInput as check does."""
+        self.check(line["train_loss"])
         try:
             self.progress.show(line, every)
         except OSError as error:
@@ -108,6 +113,7 @@ class Guard:
         if self.received or self.output_error:
             self.stop()
         elif self.saving and self.save_every and run.step % self.save_every == 0:
+            self.check()
             try:
                 fc.save_run(self.out, run)
                 self.saved = run.step
@@ -138,6 +144,7 @@ class Guard:
     def save_or_say(self):
         """Save the run, or beside its place if something else came to be there. Raises BadInput
         that says what is there, if it could not be saved in its place."""
+        self.check()
         try:
             return fc.save_run(self.out, self.run)
         except fc.BadInput as error:
@@ -336,10 +343,11 @@ def command(script, *words):
 
 
 def relative(path):
-    """The path from here; the whole path where there is none, as between two drives of Windows."""
+    """The path from here; the whole path where there is none, as between two drives of Windows, or
+    in a directory that is gone."""
     try:
         return os.path.relpath(path)
-    except ValueError:
+    except (OSError, ValueError):
         return path
 
 
