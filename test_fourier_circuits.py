@@ -1366,6 +1366,90 @@ def test_no_share_is_rounded_up_to_all_or_down_to_nothing():
     assert text == "- 1.0, 2.0 99.99%"
 
 
+@pytest.mark.parametrize("p, zeta", [(2, 1), (4, 2), (8, 3), (8, 4), (9, 4)])
+def test_the_cosine_that_is_drawn(p, zeta):
+    """It goes through the points of a vector of one frequency, that of p/2 too."""
+    x = 3 * np.cos(2 * np.pi * zeta * np.arange(p) / p + (0.3 if 2 * zeta != p else 0))
+    drawn = analyze.cosine_at(x + 0.5, zeta, np.arange(2 * p))
+    assert drawn == pytest.approx(np.tile(x, 2), abs=1e-12)
+
+
+def test_what_windows_does_not_have(monkeypatch, capsys):
+    """No O_NONBLOCK, no way from one drive to another, no resource, no SIGHUP."""
+    monkeypatch.delattr(os, "O_NONBLOCK")
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(os.path, "relpath", Mock(side_effect=ValueError("path is on mount 'C:'")))
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert train.main([*TINY.split(), "--out", "run"]) == 0
+    assert os.path.join(HERE, "analyze.py") in capsys.readouterr().out
+    assert train.main([*TINY.split(), "--benchmark"]) == 0
+    assert "memory" not in capsys.readouterr().out
+
+
+def test_runs_of_the_same_name(capsys, monkeypatch):
+    """Not drawn to one file; reports of several say which file they are of."""
+    os.mkdir("a")
+    save_runs(run={})
+    os.link("run", "a/Run")
+    assert analyze.main(["run", "a/Run"]) == 0
+    assert {"run", "a/Run"} <= set(capsys.readouterr().out.splitlines())
+    assert analyze.main(["run", "a/Run", "--json"]) == 0
+    assert [r["file"] for r in json.loads(capsys.readouterr().out)] == ["run", "a/Run"]
+    pytest.importorskip("matplotlib")
+    assert "run.png" in refused(capsys, monkeypatch, analyze, "run", "a/Run", "--figures", "new")
+
+
+@pytest.mark.parametrize("failing", [{20}, {20, 30, 40, 50, 60}, {60}])
+def test_a_disk_that_fills(failing, monkeypatch, capsys):
+    """A save on the way that fails is a warning. At the end the report is printed, and one line
+    says what is there and how to go on; the last good save is as it was."""
+    save = fc.save_run
+
+    def full(path, run, keep=True):
+        if run.step in failing:
+            raise fc.BadInput(f"cannot write {path}: No space left on device")
+        save(path, run, keep)
+    monkeypatch.setattr(fc, "save_run", full)
+    argv = [*TINY.split(), "--save-every", "10", "--out", "run"]
+    if 60 in failing:
+        with pytest.raises(fc.BadInput) as error:
+            train.main(argv)
+        assert "run: No space" in str(error.value) and "--resume run" in str(error.value)
+    else:
+        assert train.main(argv) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("warning") == shown.err.count("\n") == len(failing - {60})
+    assert "circuit share" in shown.out and os.listdir() == ["run"]
+    assert fc.load_run("run").step == (60 if 60 not in failing else min(failing) - 10)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_weights_that_overflow_are_not_saved():
+    """The save before stays, and the flag to change is named."""
+    with pytest.raises(fc.BadInput, match="a smaller --weight-decay$"):
+        train.main([*TINY.split(), "--weight-decay", "1e6", "--save-every", "1", "--out", "run"])
+    assert fc.load_run("run").step < 60
+
+
+def test_defaults_in_help():
+    """Each says for which k and p it is, and none is one that the parser refuses."""
+    assert train.defaults("steps") == (
+        "2000 (mlp, control-variate), 2250 at k=3 p=23 (max-margin), 6000 at k=3 p=31 (attention), "
+        "2500 (transformer)")
+    assert "12167 at k=3 p=23 (max-margin)" in train.defaults("batch")
+
+
+def test_the_progress_line_is_cleared(monkeypatch):
+    """Each line on a terminal is as wide as the terminal, whatever the one before was."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "150")
+    assert train.main([*TINY.split(), "--max-margin", "--out", "run"]) == 0
+    lines = terminal.getvalue().split("\n")[0].split("\r")[1:]
+    assert len(lines) > 40 and {len(line) for line in lines} == {149}
+
+
 def test_advice_where_plain_training_falls_short():
     r = {"model": "mlp", "max_margin": False, "activation": "power", "control_variate": False,
          "p": 47, "batch": 1024, "train_inputs": 5000, "weight_decay": 1, "lr": 0.005, "steps": 100,
