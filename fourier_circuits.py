@@ -1530,8 +1530,8 @@ def control_variate_settings(equal=0, **given):
     """The settings of --control-variate, a dict: those of the plain rule, and equal, the share of
     the steps, from the first on, in which all vectors are held at one size (standardize).
 
-    At the published sizes of k = 4 and 5 most neurons die without equal sizes, because the largest
-    win; at small sizes the plain rule alone gives more single-frequency neurons."""
+    At the published sizes of k = 4 and 5 many neurons die or stay mixed without equal sizes. At
+    small sizes more neurons are single without them."""
     return mlp_settings(**given) | {"equal": equal}
 
 

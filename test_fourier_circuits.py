@@ -1420,7 +1420,12 @@ def test_a_disk_that_fills(failing, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert shown.err.count("warning") == shown.err.count("\n") == len(failing - {60})
     assert "circuit share" in shown.out and os.listdir() == ["run"]
-    assert fc.load_run("run").step == (60 if 60 not in failing else min(failing) - 10)
+    kept = 60 if 60 not in failing else min(failing) - 10
+    assert fc.load_run("run").step == kept
+    if 60 in failing:  # going on where the disk is still full, too
+        with pytest.raises(fc.BadInput, match=f"save of step {kept} is kept"):
+            train.main(["--resume", "run"])
+        assert fc.load_run("run").step == kept
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

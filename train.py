@@ -74,7 +74,7 @@ class Guard:
     def __init__(self, run, out, save_every, again, saving):
         self.run, self.out, self.save_every = run, out, save_every
         self.again, self.saving = again, saving
-        self.saved = None  # the step of the last save
+        self.saved = fc.load_run(out).step if os.path.exists(out) else None  # the step of the file
         self.output_error = None
         self.progress = Progress(run)
 
