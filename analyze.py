@@ -242,7 +242,7 @@ def trained(r):
     if r["model"] == "attention":
         return "AdamW with gated decay"
     if r["model"] == "transformer":
-        return "AdamW with clipping"
+        return f"AdamW, the gradient clipped to norm {r['clip']:g}"
     if r["max_margin"]:
         return "maximum-margin training"
     if not r["control_variate"]:
