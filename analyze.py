@@ -483,14 +483,17 @@ def draw_attention(run, count=4):
     left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
     axes = left.subplots(3, len(chosen), squeeze=False)
     for h, (above, middle, below) in zip(chosen, axes.T):
-        above.imshow(s[h], cmap="RdBu")
-        above.set_title(f"head {h}: frequency {measures['frequency'][h]}")
+        for axis, x, title in ((above, s[h], f"S of head {h}: frequency {measures['frequency'][h]}"),
+                               (below, ov[h], f"OV of head {h}")):
+            largest = abs(x).max()
+            axis.imshow(x, cmap="RdBu", vmin=-largest, vmax=largest)  # white is 0
+            axis.set_title(title)
         middle.imshow(spectrum[h], cmap="Blues", aspect="auto",
                       extent=(-0.5, p // 2 + 0.5, p - p // 2 - 0.5, -(p // 2) - 0.5))
-        below.imshow(ov[h], cmap="RdBu")
-    axes[0, 0].set(xlabel="key", ylabel="query: $S_h$")
-    axes[1, 0].set(xlabel="key frequency", ylabel="query frequency: power")
-    axes[2, 0].set(xlabel="class", ylabel="token: $OV_h$")
+        middle.set_title("power of S")
+    axes[0, 0].set(xlabel="key", ylabel="query")
+    axes[1, 0].set(xlabel="key frequency", ylabel="query frequency")
+    axes[2, 0].set(xlabel="class", ylabel="token")
     shares, last = right.subplots(2, 1)
     draw_shares(shares, fc.head_spectra(fc.new_run(run.config).params)["key_share"],
                 measures["key_share"][measures["live"]], "keys' power at a head's frequency")
