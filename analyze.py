@@ -491,6 +491,8 @@ def draw_attention(run, count=4):
         middle.imshow(spectrum[h], cmap="Blues", aspect="auto",
                       extent=(-0.5, p // 2 + 0.5, p - p // 2 - 0.5, -(p // 2) - 0.5))
         middle.set_title("power of S")
+        for axis in (above, middle, below):
+            axis.yaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set(xlabel="key", ylabel="query")
     axes[1, 0].set(xlabel="key frequency", ylabel="query frequency")
     axes[2, 0].set(xlabel="class", ylabel="token")
