@@ -483,7 +483,8 @@ def draw_attention(run, count=4):
     left, right = figure.subfigures(1, 2, width_ratios=(3, 1))
     axes = left.subplots(3, len(chosen), squeeze=False)
     for h, (above, middle, below) in zip(chosen, axes.T):
-        for axis, x, title in ((above, s[h], f"S of head {h}: frequency {measures['frequency'][h]}"),
+        zeta = measures["frequency"][h]
+        for axis, x, title in ((above, s[h], f"S of head {h}: frequency {zeta}"),
                                (below, ov[h], f"OV of head {h}")):
             largest = abs(x).max()
             axis.imshow(x, cmap="RdBu", vmin=-largest, vmax=largest)  # white is 0
