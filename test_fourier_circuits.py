@@ -1041,7 +1041,7 @@ TINY = "--k 2 --p 7 --steps 60 --batch 16"
     ("--model attention --k 3 --p 7 --heads 9 --steps 60 --seed 1", "attention-k3-p7-seed1",
      "held-out orbits|collisions|circuit share|power of keys|same frequency|2 x 2"),
     (f"{TINY} --model transformer --layers 1", "transformer-k2-p7-seed0",
-     "99% of test|gap|circuit share|neurons at the end")])
+     "99% of test|gap|circuit share|neurons at the end|clipped to norm 0.3,")])
 def test_train_then_analyze(flags, name, words, capsys):
     """The report at the end of training, again, with more; and as JSON."""
     assert train.main(flags.split()) == 0
@@ -1486,6 +1486,23 @@ def test_figures_do_not_depend_on_the_user(monkeypatch):
         assert dict(matplotlib.rcParams) == before
     assert os.environ["MPLBACKEND"] == "module://nowhere"
     assert Path("mlp.png").read_bytes() == Path("new/drawn/mlp.png").read_bytes()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1, 0])
+def test_white_is_zero_where_matrices_are_drawn(scale):
+    """The limits of S and of OV are as far below 0 as above, at the largest entry; without heads
+    that say anything, too."""
+    pytest.importorskip("matplotlib")
+    run = advance(small_run(**ATTENTION))
+    for x in run.params.values():
+        x *= scale
+    images = [image for axis in analyze.draw_attention(run)[0].subfigs[0].axes
+              for image in axis.images if image.get_cmap().name == "RdBu"]
+    assert len(images) >= 2
+    for image in images:
+        low, high = image.get_clim()
+        assert -low == high == abs(image.get_array()).max()
 
 
 def test_the_readme_s_python(capsys):
