@@ -3,28 +3,19 @@
     python analyze.py RUN.npz                       the report, and neurons as text
     python analyze.py RUN.npz --json                the report as JSON
     python analyze.py RUN.npz --figures DIR         draw its figure (needs matplotlib)
-    python analyze.py RUN RUN RUN ..                the reports; of transformers one line a
-                                                    configuration, and --figures draws them together
+    python analyze.py RUN RUN RUN ..                the same of several runs; of transformers a line
+                                                    for all with the same settings
     python analyze.py --theory --k 3 --p 23         Theorem 4.1, number by number, 1 second
 """
 
 import argparse
 import contextlib
-import copy
-import errno
 import json
 import os
 import signal
 import string
 import sys
-import threading
 import warnings
-
-if __name__ == "__main__":  # before numpy is imported: see machine
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while we import; see run_main
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        os.environ.setdefault(name, "1")
 
 import numpy as np
 
@@ -37,21 +28,20 @@ def report(run):
     """All that is printed of a run, as a dict ready for JSON. Measured on all of D_p, but for the
     ablated networks and the untrained one, on at most 2^17 random inputs, and for grokking, which
     reads the history."""
-    config, model = run.config, fc.model_of(run.config)
-    k, p, most = config["k"], config["p"], model.pieces * fc.PIECE
+    config, k, p = run.config, run.config["k"], run.config["p"]
     network, first = fc.network_of(config, run.params), fc.new_run(config).params
-    seen = fc.look(network, fc.all_inputs(k, p), most)
-    whole, (circuit, circuit_share) = fc.evaluate(seen), fc.circuit(seen)
+    whole = fc.evaluate(network, fc.all_inputs(k, p))
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
-    rest = fc.evaluate(fc.look(fc.without_circuit(network, circuit), sample, most))
-    _, share_at_init = fc.circuit(fc.look(fc.network_of(config, first), sample, most))
-    return {**copy.deepcopy(config), "step": run.step, "seconds": round(run.seconds, 2),
+    rest = fc.evaluate(fc.without_circuit(network, whole["circuit"]), sample)
+    at_init = fc.evaluate(fc.network_of(config, first), sample)
+    return {**config, "step": run.step, "seconds": round(run.seconds, 2),
             "train_inputs": len(run.index), "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
-            "circuit_share": circuit_share, "circuit_share_at_init": share_at_init,
-            "circuit_frequencies": fc.circuit_frequencies(circuit),
+            "circuit_share": whole["circuit_share"],
+            "circuit_share_at_init": at_init["circuit_share"],
+            "circuit_frequencies": fc.circuit_frequencies(whole["circuit"]),
             "accuracy_without_circuit": rest["accuracy"],
-            **ABOUT[config["model"]](run, whole, first, sample)}
+            **ABOUT.get(config["model"], report_neurons)(run, whole, first, sample)}
 
 
 def mean(x, part):
@@ -69,14 +59,12 @@ def report_neurons(run, whole, first, sample):
     config, params = run.config, run.params
     measures, before = fc.neuron_spectra(params), fc.neuron_spectra(first)["summary"]
     k, p, live = config["k"], config["p"], measures["live"]
-    kept, rest = (fc.evaluate(fc.look(fc.network_of(config, part), sample))["accuracy"]
+    kept, rest = (fc.evaluate(fc.network_of(config, part), sample)["accuracy"]
                   for part in fc.ablate(params))
     names = "max_normalized_power", "single_frequency_fraction", "frequencies_used"
     theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio"))
-    if config["activation"] == "power":
-        gamma, margin = fc.max_margin(k, p), whole["margin"]
-        for _ in range(k + 1):  # one factor at a time, as no power overflows then
-            margin /= fc.norm(params) or 1
+    if config["model"] != "relu":
+        gamma, margin = fc.max_margin(k, p), whole["margin"] / (fc.norm(params) or 1) ** (k + 1)
         theory = {"gamma_star": gamma, "margin": margin, "margin_ratio": margin / gamma}
     return {**measures["summary"], **{f"{name}_at_init": before[name] for name in names},
             "phase_error": mean(measures["phase_error"], live),
@@ -88,29 +76,23 @@ SHARES = "key_share", "token_share", "class_share", "block_share"
 
 
 def report_heads(run, whole, first, sample):
-    """report's part on attention: medians over live heads, at init over all, and over Gaussian
-    tables; accuracies on held-out orbits (fresh), on those where a_1 .. a_{k-1} all differ
-    (distinct) or not (collision)."""
-    k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
+    """report's part on attention: medians over live heads, at init over all; accuracies on held-out
+    orbits where a_1 .. a_{k-1} all differ (distinct) or not (collision)."""
+    k, p = run.config["k"], run.config["p"]
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
-    most = fc.model_of(run.config).pieces * fc.PIECE
-    kept, rest = (fc.evaluate(fc.look(network, sample, most))["accuracy"]
+    kept, rest = (fc.evaluate(network, sample)["accuracy"]
                   for network in fc.ablate_heads(run.params))
     measures, before = fc.head_spectra(run.params), fc.head_spectra(first)
-    noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]
     result = {}
-    for ending, x, part in (("", measures, measures["live"]), ("_at_init", before, ...),
-                            ("_at_random", fc.table_spectra(*noise), ...)):
+    for ending, x, part in (("", measures, measures["live"]), ("_at_init", before, ...)):
         result |= {f"{name}{ending}": float(np.median(x[name][part])) for name in SHARES}
         result |= {f"same_frequency{ending}": float(x["same"][part].mean()),
                    f"single_frequency_fraction{ending}": float(x["single"][part].mean())}
-    each = {name: measures[name].tolist() for name in ("live", "size", "frequency", *SHARES)}
     return {**measures["summary"], **result,
-            "fresh_accuracy": mean(right, test), "distinct_accuracy": mean(right, test & ~equal),
+            "distinct_accuracy": mean(right, test & ~equal),
             "collision_accuracy": mean(right, test & equal),
             "frequency_histogram": histogram(measures["frequency"][measures["used"]], p),
-            "restricted_accuracy": kept, "excluded_accuracy": rest,
-            "each_head": [dict(zip(each, head)) for head in zip(*each.values())]}
+            "restricted_accuracy": kept, "excluded_accuracy": rest}
 
 
 def report_blocks(run, whole, first, sample):
@@ -128,7 +110,7 @@ def report_blocks(run, whole, first, sample):
     return result
 
 
-ABOUT = {"mlp": report_neurons, "attention": report_heads, "transformer": report_blocks}
+ABOUT = {"attention": report_heads, "transformer": report_blocks}  # of the others report_neurons
 
 
 def grokking(history, level=0.99):
@@ -147,74 +129,57 @@ def grokking(history, level=0.99):
             "gap_area": float(np.dot(gap, width)) if gap else None}
 
 
-CIRCUIT = """\
-  circuit share        {circuit_share:.2%} of the logits' power, at init {circuit_share_at_init:.2%}
-  its frequencies      {circuit_frequencies} of {frequencies_total} have 99% of it
-  without the circuit  {accuracy_without_circuit:.2%} are right; chance {chance:.2%}
-"""
-NEURONS = """
-{k} numbers modulo {p}, {m} neurons, {activation} activation, {trained}, seed {seed}
-  accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
-""" + CIRCUIT + """\
-  live neurons         {live_neurons} of {m}
-  single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
+ROWS = """\
+accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
+of the held-out      keys distinct {distinct_accuracy:.2%}, collisions {collision_accuracy:.2%}
+circuit share        {circuit_share:.2%} of the logits' power, at init {circuit_share_at_init:.2%}
+its frequencies      {circuit_frequencies} of {frequencies_total} have 99% of it
+without the circuit  {accuracy_without_circuit:.2%} are right; chance {chance:.2%}
+live neurons         {live_neurons} of {m}
+live heads           {live_heads} of {heads}; their medians:
+  power of keys      {key_share:.3f} at the head's frequency, at init {key_share_at_init:.3f}
+  power of tokens    {token_share:.3f} there, in OV, at init {token_share_at_init:.3f}
+  power of classes   {class_share:.3f} there, in OV, at init {class_share_at_init:.3f}
+  2 x 2 frequencies  {block_share:.3f} of the power of S, at init {block_share_at_init:.3f}
+same frequency       {same_frequency:.2%} in all three, at init {same_frequency_at_init:.2%}
+single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
 {single_frequency_fraction_at_init:.2%}
-  max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}
-  phase error          {phase_error:.4f} mean |phi_1 + .. + phi_k - phi_w|
-  normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*
-  restricted accuracy  {restricted_accuracy:.2%} keeping only each neuron's own frequency
-  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest
-  frequencies          {frequencies_used} of {frequencies_total} used, at init \
-{frequencies_used_at_init}; live single-frequency neurons of each:"""
-HEADS = """
-{k} numbers modulo {p}, {heads} heads of {d_head}, d_model {d_model}, {trained}, seed {seed}
-  accuracy             train {train_accuracy:.2%}, held-out orbits {fresh_accuracy:.2%}
-  of the held-out      keys distinct {distinct_accuracy:.2%}, collisions {collision_accuracy:.2%}
-""" + CIRCUIT + """\
-  live heads           {live_heads} of {heads}; their medians:
-    power of keys      {key_share:.3f} at the head's frequency, at init {key_share_at_init:.3f}
-    power of tokens    {token_share:.3f} there, in OV, at init {token_share_at_init:.3f}
-    power of classes   {class_share:.3f} there, in OV, at init {class_share_at_init:.3f}
-    2 x 2 frequencies  {block_share:.3f} of the power of S, at init {block_share_at_init:.3f}
-  same frequency       {same_frequency:.2%} in all three, at init {same_frequency_at_init:.2%}
-  single-frequency     {single_frequency_fraction:.2%} of heads (> 95% of all three powers)
-  restricted accuracy  {restricted_accuracy:.2%} keeping only each head's own frequency
-  excluded accuracy    {excluded_accuracy:.2%} keeping only the rest
-  frequencies          {frequencies_used} of {frequencies_total} used; live heads of each, with \
-over half of all three powers there:"""
-BLOCKS = """
-{k} numbers modulo {p}, blocks: {layers}, with {heads} heads of {d_head}, d_model {d_model}, \
-d_ff {d_ff}, {trained}, seed {seed}
-  accuracy             train {train_accuracy:.2%}, test {test_accuracy:.2%}
-""" + CIRCUIT + """\
-  neurons at the end   {neurons_active} of {d_ff} active, {neurons_single} of them single (> 85%)
-    at one frequency   {neuron_share:.3f} of the variance, at init {neuron_share_at_init:.3f}
-  99% of train         at step {steps_to_train} (-: not reached)
-  99% of test          at step {steps_to_test}
-  train - test gap     largest {largest_gap:.3f}, area {gap_area:.0f} steps"""
-
-
-def share(x, form):
-    """A share as text, like format(x, form), but never 0 or 1 for what is nearly that.
-
-    share(25325 / 25326, ".2%") -> '99.99%'"""
-    text = format(x, form)
-    if 0 < x < 1 and text in (format(0, form), format(1, form)):
-        step = 0.1 ** (int(form.split(".")[1][:-1]) + 2 * form.endswith("%"))
-        text = format(step if x < 0.5 else 1 - step, form)
-    return text
+max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}
+phase error          {phase_error:.4f} mean |phi_1 + .. + phi_k - phi_w|
+normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*
+neurons at the end   {neurons_active} of {d_ff} active, {neurons_single} of them single (> 85%)
+  at one frequency   {neuron_share:.3f} of the variance, at init {neuron_share_at_init:.3f}
+99% of train         at step {steps_to_train} (-: not reached)
+99% of test          at step {steps_to_test}
+train - test gap     largest {largest_gap:.3f}, area {gap_area:.0f} steps
+restricted accuracy  {restricted_accuracy:.2%} keeping only the own frequency of each
+excluded accuracy    {excluded_accuracy:.2%} keeping only the rest
+frequencies          {frequencies_used} of {frequencies_total} used; how many have each:"""
+TRAINED = {  # by what rule a run was trained
+    "mlp": "textbook AdamW", "relu": "relu activation, textbook AdamW",
+    "max-margin": "maximum-margin training", "attention": "AdamW with gated decay",
+    "control-variate": "AdamW with a control variate, equal sizes for {equal:.0%} of the steps",
+    "transformer": "AdamW, the gradient clipped to norm {clip:g}"}
 
 
 class Text(string.Formatter):
-    """str.format that shows a number that there is not as -, a list entry by entry, and a
-    percentage by share."""
+    """str.format that shows a number that there is not as -, and never 0% or 100% for what is only
+    nearly that."""
 
     def format_field(self, x, form):
-        if isinstance(x, list):
-            return ", ".join(format(y, form) for y in x)
         if x is None:
             return "-"
-        return share(x, form) if form.endswith("%") else format(x, form)
+        if form.endswith("%") and 0 < x < 1:
+            least = 10.0 ** -(2 + int(form[:-1].split(".")[1]))
+            x = min(max(x, least), 1 - least)
+        return format(x, form)
+
+
+def fill(rows, numbers):
+    """The rows of a table as text, without those for which there is no number."""
+    for row in rows.splitlines():
+        with contextlib.suppress(KeyError):
+            yield Text().format(row, **numbers)
 
 
 def bars(x, low=None):
@@ -225,70 +190,41 @@ def bars(x, low=None):
     return "".join(" ▁▂▃▄▅▆▇█"[i] for i in level)
 
 
+def sizes(config):
+    """What is computed, and how large it is, as text."""
+    names = "k", "p", "m", "layers", "heads", "d_head", "d_model", "d_ff"
+    return ", ".join(f"{name} = {config[name]}" for name in names if name in config)
+
+
 def print_report(r):
     """Print what report(run) measured."""
-    text = {"mlp": NEURONS, "attention": HEADS, "transformer": BLOCKS}[r["model"]]
-    print(Text().format(text, **r, chance=1 / r["p"], trained=trained(r)))
+    print(f"\n{sizes(r)}, {TRAINED[r['model']].format(**r)}, seed {r['seed']}")
+    for row in fill(ROWS, r | {"chance": 1 / r["p"]}):
+        print(f"  {row}")
     counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
     print(f"  {r['step']} of {r['steps']} steps, {r['seconds']:.1f} seconds")
-    if advice(r):
-        print(f"  note: {advice(r)}")
+    short = any(r[x] is not None and r[x] < 0.99 for x in ("train_accuracy", "test_accuracy"))
+    if short and r["step"] == r["steps"] and r["model"] in ("mlp", "relu", "control-variate"):
+        print("  note: what may help: more --steps, a larger --batch or --train-fraction, "
+              "a smaller --weight-decay, --model control-variate")
 
 
-def trained(r):
-    """By what rule a run was trained, in words."""
-    if r["model"] == "attention":
-        return "AdamW with gated decay"
-    if r["model"] == "transformer":
-        return f"AdamW, the gradient clipped to norm {r['clip']:g}"
-    if r["max_margin"]:
-        return "maximum-margin training"
-    if not r["control_variate"]:
-        return "textbook AdamW"
-    equal = f", equal sizes for {r['equal']:.0%} of the steps" if r["equal"] else ""
-    return f"AdamW with a control variate{equal}"
-
-
-def advice(r):
-    """What may help where a finished training of an MLP falls short, by what its report sees, or
-    None."""
-    train, test = r["train_accuracy"], r["test_accuracy"]
-    if r["model"] != "mlp" or r["max_margin"] or r["step"] < r["steps"]:
-        return None
-    if train >= 0.99 and (test is None or train - test <= 0.1):
-        return None
-    if r["lr"] == 0:
-        return "nothing was learned, as --lr is 0"
-    ways = ["more --steps"]
-    if train >= 0.99:
-        reason = "training inputs are known far better than the others"
-        ways += ["a larger --train-fraction", "a larger p"]
-    else:
-        learned = train > 1 / r["p"] + 0.05
-        reason = "training accuracy is not there yet" if learned else "nothing was learned"
-        ways += ["a larger --batch"] if r["batch"] < r["train_inputs"] else []
-        ways += ["a smaller --weight-decay"] if r["weight_decay"] > 1 else []
-    if r["activation"] == "power" and not r["control_variate"]:
-        ways += ["--control-variate"]
-    return f"{reason}; what may help: {', '.join(ways)}"
+def all_transformers(runs):
+    """Whether these are several runs {path: run} and all of them transformers."""
+    return len(runs) > 1 and all(run.config["model"] == "transformer" for run in runs.values())
 
 
 def group_runs(runs):
     """Runs that differ only in the seed, together: {(k, p, other settings that tell the groups
-    apart, as text): [run, ..]}, sorted. Raises BadInput where one run is given twice."""
-    names = [x for x in runs[0].config if x not in ("k", "p", "seed")
-             and len({str(run.config[x]) for run in runs}) > 1]
-    groups = {}
-    for run in sorted(runs, key=lambda run: [run.config[x] for x in ("k", "p", "seed")]):
-        c = run.config
-        apart = ", ".join(f"{x.replace('_', '-')} {c[x]}" for x in names)
-        group = groups.setdefault((c["k"], c["p"], apart), [])
-        if group and group[-1].config == c:
-            raise fc.BadInput("two files hold the same run, {model} k = {k} p = {p} seed {seed}; "
-                              "give one of them".format(**c))
-        group.append(run)
+    apart, as text): [run, ..]}, sorted."""
+    runs, groups = sorted(runs, key=lambda run: [run.config[x] for x in ("k", "p", "seed")]), {}
+    names = [name for name in runs[0].config if name not in ("k", "p", "seed")
+             and len({run.config[name] for run in runs}) > 1]
+    for run in runs:
+        apart = ", ".join(f"{name.replace('_', '-')} {run.config[name]}" for name in names)
+        groups.setdefault((run.config["k"], run.config["p"], apart), []).append(run)
     return groups
 
 
@@ -325,7 +261,7 @@ def strongest(size, live, frequency, count):
 
 def print_neurons(run, count=3):
     """Some live neurons of different frequencies: weights over 0..p-1 beside their spectra."""
-    measures, vectors = fc.neuron_spectra(run.params), fc.to_host(fc.neurons(run.params))
+    measures, vectors = fc.neuron_spectra(run.params), fc.neurons(run.params)
     spectra, norms = fc.power_spectrum(vectors), fc.to_host(fc.neuron_norms(run.params))
     for i in strongest(norms, measures["live"], measures["frequency"], count):
         print(f"\nneuron {i}: frequency {measures['frequency'][i]}, "
@@ -359,44 +295,24 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
          "legend.frameon": False, "figure.constrained_layout.use": True}
 
 
-@contextlib.contextmanager
-def drawing():
-    """The settings under which figures are drawn and saved: ours, not the user's, and only inside.
-
-    Raises BadInput where matplotlib is missing, or cannot be imported."""
-    backend = os.environ.pop("MPLBACKEND", None)  # we need none, and it may not be there
-    try:
-        import matplotlib  # first, so that its own name is missing, not that of its part
-        import matplotlib.figure
-    except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
-        raise fc.BadInput("figures need matplotlib: pip install matplotlib" if missing else
-                          f"matplotlib cannot be imported: {error}") from None
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
-
-
 def new_figure(width, height):
-    """An empty figure, in inches."""
-    import matplotlib.figure
-    return matplotlib.figure.Figure(figsize=(width, height))
+    """An empty figure, in inches, in our style whatever the user's is. Raises BadInput without
+    matplotlib."""
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except Exception as error:  # it can be missing, or broken
+        raise fc.BadInput(f"figures need matplotlib (pip install matplotlib): {error}") from None
+    matplotlib.style.use(["default", STYLE])
+    return Figure(figsize=(width, height))
 
 
 def save_figure(figure, directory, name):
-    """Write a PNG whole or not at all, and say so on stderr."""
+    """Write a PNG, and say so."""
+    os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, f"{name}.png")
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as error:
-        raise fc.BadInput(f"cannot write {path}: {error.strerror}") from None
-    with fc.whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-    complain(path)
+    figure.savefig(path, dpi=150)
+    print(path)
 
 
 def draw_curve(axis, runs, key, label, colour):
@@ -420,8 +336,8 @@ def draw_shares(axis, before, after, title):
 def draw(run, name, directory):
     """One figure of a run: what its weights were and became, and how it learned."""
     if run.config["model"] == "transformer":
-        return draw_groups(group_runs([run]), directory, name)
-    figure, last = draw_mlp(run) if run.config["model"] == "mlp" else draw_attention(run)
+        return draw_groups(group_runs([run]), name, directory)
+    figure, last = (draw_attention if run.config["model"] == "attention" else draw_mlp)(run)
     draw_curve(last, [run], "train_accuracy", "train accuracy", BEFORE)
     draw_curve(last, [run], "test_accuracy", "test accuracy", AFTER)
     draw_curve(last, [run], "margin_ratio", "margin / gamma*", "black")
@@ -442,7 +358,7 @@ def draw_mlp(run):
     axes = left.subplots(k + 1, 2, sharex="col")
     first = fc.new_run(run.config)
     for at, colour, shift in ((first, BEFORE, -0.2), (run, AFTER, 0.2)):
-        vectors = fc.to_host(fc.neurons(at.params)[:, one])
+        vectors = fc.neurons(at.params)[:, one]
         vectors = vectors / abs(vectors).max(axis=1)[:, None]
         spectra = fc.power_spectrum(vectors)
         for x, spectrum, (weights, power) in zip(vectors, spectra, axes):
@@ -503,7 +419,7 @@ def draw_attention(run, count=4):
     return figure, last
 
 
-def draw_groups(groups, directory, name="grokking"):
+def draw_groups(groups, name, directory):
     """Figure 4: accuracies and the circuit's share of the logits' power over steps, mean and range
     over the seeds of each group. A column for each k and p, a row for what else differs."""
     columns = sorted({(k, p) for k, p, _ in groups})
@@ -525,6 +441,15 @@ def draw_groups(groups, directory, name="grokking"):
     save_figure(figure, directory, name)
 
 
+def draw_runs(runs, directory):
+    """A figure of each run {path: run}, named after its file; of several transformers a single
+    one."""
+    if all_transformers(runs):
+        return draw_groups(group_runs(runs.values()), "grokking", directory)
+    for path, run in runs.items():
+        draw(run, os.path.splitext(os.path.basename(path))[0], directory)
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 
@@ -536,181 +461,64 @@ def main(argv):
     add("--figures", metavar="DIR", help="draw PNG files into DIR instead of printing reports")
     add("--theory", action="store_true",
         help="check the max-margin networks of --k and --p on all p^k inputs")
-    add("--k", type=int, help="of --theory, default 3")
-    add("--p", type=int, help="of --theory, default 23")
-    add_machine(parser)
+    add("--k", type=int, default=3, help="of --theory, default 3")
+    add("--p", type=int, default=23, help="of --theory, default 23")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="default cpu")
     args = parser.parse_args(argv)
-    if args.theory == bool(args.runs) or args.theory and (args.json or args.figures):
-        parser.error("give either run files, with --json or --figures, or --theory alone")
-    if args.runs and (args.k, args.p) != (None, None):
-        parser.error("--k and --p are for --theory; a run has its own")
-    with machine(args.device, args.threads):
-        if args.theory:
-            print_theory(3 if args.k is None else args.k, 23 if args.p is None else args.p)
-        else:
-            show_runs(args)
-    return 0
-
-
-def show_runs(args):
-    """Draw or print what is asked for of the runs."""
-    with drawing() if args.figures else contextlib.nullcontext():
-        runs = {path: fc.load_run(path) for path in args.runs}
-        if len({os.path.realpath(path) for path in runs}) < len(args.runs):
-            raise fc.BadInput("the same run is given twice; give it once")
-        if args.figures:
-            draw_runs(runs, args.figures)
-    if args.json:
-        print_json(runs)
-    elif not args.figures:
-        print_runs(runs)
-
-
-def are_blocks(runs):
-    """Whether these are several runs {path: run} and all of them transformers."""
-    return len(runs) > 1 and all(run.config["model"] == "transformer" for run in runs.values())
-
-
-def print_json(runs):
-    """The report of a run {path: run}, or the list of several, each with its file."""
-    reports = [report(run) for run in runs.values()]
-    if len(runs) > 1:
-        reports = [{"file": path, **each} for path, each in zip(runs, reports)]
-    print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2))
-
-
-def print_runs(runs):
-    """The reports of runs {path: run}; of several transformers a table instead, of a single MLP
-    also some neurons."""
-    if are_blocks(runs):
-        return print_groups(group_runs(list(runs.values())))
-    for path, run in runs.items():
-        if len(runs) > 1:
+    if args.theory == bool(args.runs):
+        parser.error("give either run files or --theory")
+    fc.use_device(args.device)
+    runs = {path: fc.load_run(path) for path in args.runs}
+    if args.theory:
+        print_theory(args.k, args.p)
+    elif args.figures:
+        draw_runs(runs, args.figures)
+    elif args.json:
+        print(json.dumps([{"file": path, **report(run)} for path, run in runs.items()], indent=2))
+    elif all_transformers(runs):
+        print_groups(group_runs(runs.values()))
+    else:
+        for path, run in runs.items():
             print(f"\n{path}")
-        print_report(report(run))
-        if len(runs) == 1 and run.config["model"] == "mlp":
-            print_neurons(run)
+            print_report(report(run))
+            if "u" in run.params:
+                print_neurons(run)
 
 
-def draw_runs(runs, directory):
-    """A figure of each run {path: run}, named after its file; of several transformers a single one.
-
-    Raises BadInput if two of them have the same name."""
-    if are_blocks(runs):
-        return draw_groups(group_runs(list(runs.values())), directory)
-    names = [os.path.splitext(os.path.basename(path))[0] for path in runs]
-    for name in names:
-        if [x.lower() for x in names].count(name.lower()) > 1:  # some disks take A and a for one
-            raise fc.BadInput(f"several of these runs would be drawn to {name}.png; draw them one "
-                              "by one into different directories")
-    for name, run in zip(names, runs.values()):
-        draw(run, name, directory)
-
-
-# ---- A command's flags, and its end --------------------------------------------------------------
+# ---- How scripts end -----------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line."""
 
-    def parse_args(self, argv):
-        args = super().parse_args(argv)
-        for name, value in vars(args).items():
-            if value in ([], "--", "") and name != "runs":  # argparse makes [] or -- of --name=--
-                self.error(f"--{name} needs a value")
-        return args
-
     def error(self, message):
-        complain(f"{self.prog}: {message}; see --help")
-        sys.exit(2)
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-BLAS_THREADS = "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"
-
-
-def add_machine(parser):
-    """The flags that say where to compute."""
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default cpu")
-    parser.add_argument("--threads", type=int, default=None, help="how many threads of the CPU "
-                        "compute; the results do not depend on it; default: one for each core")
-
-
-@contextlib.contextmanager
-def machine(device, threads):
-    """Compute on this device with so many threads, and then with one. None: as many as this process
-    may use cores; but 1 on a GPU, and 1 where BLAS takes more than one thread, because the user
-    says so in the environment or because this is not our program."""
-    fc.use_device(device)
-    blas = {os.environ.get(name) for name in BLAS_THREADS}
-    if threads is None:
-        threads = cores() if device == "cpu" and blas == {"1"} else 1
-    fc.use_threads(threads)
-    # glibc's malloc gives large arrays back to the system as soon as they are freed, and the next
-    # ones have to be cleared again, page by page. Freeing one of 32 MiB makes it keep up to that
-    # much: with one thread a step of k=3 p=23 takes 3.2 ms instead of 4.8.
-    np.empty(2**25 - 2**16, "u1")
-    try:
-        yield
-    finally:
-        fc.use_threads(1)
-
-
-def cores():
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def complain(text):
-    """Print one line to stderr, if there is one."""
-    with contextlib.suppress(OSError):
-        if sys.stderr is not None:
-            print("".join(x if x.isprintable() else "?" for x in text), file=sys.stderr)
-
-
-def answer_signals():
-    """Let Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit, so that what is being
-    written is tidied up; not where they are ignored, and only in the main thread, which alone has
-    signals."""
-    def leave(number, _):
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
-
-    if threading.current_thread() is threading.main_thread():
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-            number = getattr(signal, name)
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, leave)
+def stop(number, _):
+    """Answer a signal: end as after an error, so that a run is saved. A second one ends at once."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
 
 
 def run_main(main):
-    """Run a script's main, and end as a program should: what the user can mend is one line on
-    stderr and exit code 2; 130 after Ctrl-C; 1, without a word, where nobody reads the output."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # our plots need more than a bare ASCII terminal has
-            stream.reconfigure(errors="replace")
-    warnings.simplefilter("ignore", RuntimeWarning)  # the scripts look for overflow themselves
+    """Run a script's main. What the user can mend is one line on stderr and exit code 2; after a
+    signal the code is 128 + its number, and where nobody reads the output it is 1."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), stop)
+    sys.stdout.reconfigure(errors="replace")  # not all outputs can show the bars of print_neurons
+    warnings.simplefilter("ignore", RuntimeWarning)  # save_run looks for overflow
     try:
-        answer_signals()
-        code = main(sys.argv[1:])
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        sys.exit(code)
-    except fc.BadInput as error:
-        problem, code = error, 2
-    except MemoryError:
-        problem, code = "out of memory; take a smaller k, p, batch or network", 2
-    except KeyboardInterrupt:
-        problem, code = "interrupted", 130
-    except OSError as error:
-        problem, code = error, 2
-        if error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):  # of the output
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-    complain(f"{os.path.basename(sys.argv[0])}: {problem}")
-    sys.exit(code)
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(1)
+    except (fc.BadInput, OSError, MemoryError) as error:
+        problem = " ".join(str(error).split())  # one line
+        print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
