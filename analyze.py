@@ -9,7 +9,6 @@
 """
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -32,7 +31,7 @@ def report(run):
     network, first = fc.network_of(config, run.params), fc.new_run(config).params
     whole = fc.evaluate(network, fc.all_inputs(k, p))
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
-    rest = fc.evaluate(fc.without_circuit(network, whole["circuit"]), sample)
+    without = fc.evaluate(fc.without_circuit(network, whole["circuit"]), sample)
     at_init = fc.evaluate(fc.network_of(config, first), sample)
     return {**config, "step": run.step, "seconds": round(run.seconds, 2),
             "train_inputs": len(run.index), "train_accuracy": mean(whole["right"], run.train),
@@ -40,7 +39,7 @@ def report(run):
             "circuit_share": whole["circuit_share"],
             "circuit_share_at_init": at_init["circuit_share"],
             "circuit_frequencies": fc.circuit_frequencies(whole["circuit"]),
-            "accuracy_without_circuit": rest["accuracy"],
+            "accuracy_without_circuit": without["accuracy"],
             **ABOUT.get(config["model"], report_neurons)(run, whole, first, sample)}
 
 
@@ -59,55 +58,50 @@ def report_neurons(run, whole, first, sample):
     config, params = run.config, run.params
     measures, before = fc.neuron_spectra(params), fc.neuron_spectra(first)["summary"]
     k, p, live = config["k"], config["p"], measures["live"]
-    kept, rest = (fc.evaluate(fc.network_of(config, part), sample)["accuracy"]
-                  for part in fc.ablate(params))
+    restricted, excluded = (fc.evaluate(fc.network_of(config, part), sample)["accuracy"]
+                            for part in fc.ablate(params))
     names = "max_normalized_power", "single_frequency_fraction", "frequencies_used"
     theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio"))
     if config["model"] != "relu":
-        gamma, margin = fc.max_margin(k, p), whole["margin"] / (fc.norm(params) or 1) ** (k + 1)
+        gamma, margin = fc.gamma_star(k, p), whole["margin"] / (fc.norm(params) or 1) ** (k + 1)
         theory = {"gamma_star": gamma, "margin": margin, "margin_ratio": margin / gamma}
     return {**measures["summary"], **{f"{name}_at_init": before[name] for name in names},
             "phase_error": mean(measures["phase_error"], live),
             "frequency_histogram": histogram(measures["frequency"][measures["single"]], p),
-            **theory, "restricted_accuracy": kept, "excluded_accuracy": rest}
+            **theory, "restricted_accuracy": restricted, "excluded_accuracy": excluded}
 
 
 SHARES = "key_share", "token_share", "class_share", "block_share"
 
 
 def report_heads(run, whole, first, sample):
-    """report's part on attention: medians over live heads, at init over all; accuracies on held-out
-    orbits where a_1 .. a_{k-1} all differ (distinct) or not (collision)."""
-    k, p = run.config["k"], run.config["p"]
+    """report's part on attention: medians over live heads, at init over all, and over Gaussian
+    tables (at random); accuracies on held-out orbits (fresh), on those where a_1 .. a_{k-1} all
+    differ (distinct) or not (collision)."""
+    k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
-    kept, rest = (fc.evaluate(network, sample)["accuracy"]
-                  for network in fc.ablate_heads(run.params))
+    restricted, excluded = (fc.evaluate(network, sample)["accuracy"]
+                            for network in fc.ablate_heads(run.params))
     measures, before = fc.head_spectra(run.params), fc.head_spectra(first)
-    result = {}
-    for ending, x, part in (("", measures, measures["live"]), ("_at_init", before, ...)):
-        result |= {f"{name}{ending}": float(np.median(x[name][part])) for name in SHARES}
-        result |= {f"same_frequency{ending}": float(x["same"][part].mean()),
-                   f"single_frequency_fraction{ending}": float(x["single"][part].mean())}
-    return {**measures["summary"], **result,
+    noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]
+    medians = {}
+    for ending, x, part in (("", measures, measures["live"]), ("_at_init", before, ...),
+                            ("_at_random", fc.table_spectra(*noise), ...)):
+        medians |= {f"{name}{ending}": float(np.median(x[name][part])) for name in SHARES}
+        medians |= {f"same_frequency{ending}": float(x["same"][part].mean()),
+                    f"single_frequency_fraction{ending}": float(x["single"][part].mean())}
+    each = {name: measures[name].tolist() for name in ("live", "size", "frequency", *SHARES)}
+    return {**measures["summary"], **medians, "fresh_accuracy": mean(right, test),
             "distinct_accuracy": mean(right, test & ~equal),
             "collision_accuracy": mean(right, test & equal),
             "frequency_histogram": histogram(measures["frequency"][measures["used"]], p),
-            "restricted_accuracy": kept, "excluded_accuracy": rest}
+            "restricted_accuracy": restricted, "excluded_accuracy": excluded,
+            "each_head": [dict(zip(each, head)) for head in zip(*each.values())]}
 
 
 def report_blocks(run, whole, first, sample):
-    """report's part on a transformer: its grokking, and the frequencies of its neurons: the median
-    share of the variance in one frequency, over the neurons that are active at all, and how many
-    of them have 85% there, the mark of Nanda et al. 2023."""
-    result = grokking(run.history)
-    for ending, params in (("", run.params), ("_at_init", first)):
-        shares, active = fc.neuron_shares(
-            lambda a: fc.transformer(params, a, hidden=True), run.config["k"], run.config["p"])
-        shares = shares[active]
-        result |= {f"neurons_active{ending}": len(shares),
-                   f"neuron_share{ending}": float(np.median(shares)) if len(shares) else 0.0,
-                   f"neurons_single{ending}": int((shares > 0.85).sum())}
-    return result
+    """report's part on a transformer: its grokking."""
+    return grokking(run.history)
 
 
 ABOUT = {"attention": report_heads, "transformer": report_blocks}  # of the others report_neurons
@@ -147,8 +141,6 @@ single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their pow
 max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}
 phase error          {phase_error:.4f} mean |phi_1 + .. + phi_k - phi_w|
 normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*
-neurons at the end   {neurons_active} of {d_ff} active, {neurons_single} of them single (> 85%)
-  at one frequency   {neuron_share:.3f} of the variance, at init {neuron_share_at_init:.3f}
 99% of train         at step {steps_to_train} (-: not reached)
 99% of test          at step {steps_to_test}
 train - test gap     largest {largest_gap:.3f}, area {gap_area:.0f} steps
@@ -175,11 +167,15 @@ class Text(string.Formatter):
         return format(x, form)
 
 
+def names_of(row):
+    """The names of the numbers in a row of a table."""
+    return {name for _, name, _, _ in string.Formatter().parse(row) if name}
+
+
 def fill(rows, numbers):
-    """The rows of a table as text, without those for which there is no number."""
-    for row in rows.splitlines():
-        with contextlib.suppress(KeyError):
-            yield Text().format(row, **numbers)
+    """The rows of a table as text, those whose numbers are all there."""
+    return [Text().format(row, **numbers) for row in rows.splitlines()
+            if names_of(row) <= numbers.keys()]
 
 
 def bars(x, low=None):
@@ -277,7 +273,7 @@ def print_theory(k, p):
     networks = {"the rotated": fc.rotated_network(k, p)}
     if p % 2:
         networks = {"the paper's": fc.paper_network(k, p), **networks}
-    print(f"k = {k}, p = {p}: gamma* = {fc.max_margin(k, p):.6e}, {p**k} inputs, float64"
+    print(f"k = {k}, p = {p}: gamma* = {fc.gamma_star(k, p):.6e}, {p**k} inputs, float64"
           f"{'' if p % 2 else '; the paper constructs a network for odd p only'}")
     for name, params in networks.items():
         print(f"\n{name} network, {params['w'].shape[0]} neurons\n"
@@ -308,11 +304,12 @@ def new_figure(width, height):
 
 
 def save_figure(figure, directory, name):
-    """Write a PNG, and say so."""
+    """Write a PNG, whole or not at all, and say so."""
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, f"{name}.png")
-    figure.savefig(path, dpi=150)
-    print(path)
+    with fc.whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    print(printable(path))
 
 
 def draw_curve(axis, runs, key, label, colour):
@@ -391,7 +388,7 @@ def cosine_at(x, zeta, t):  # [p], a frequency, [..] -> [..]
 def draw_attention(run, count=4):
     """The paper's Figures 3, 9 and 10: attention matrices S_h and their 2-D spectra, and what the
     heads write: OV_h."""
-    measures, (s, ov) = fc.head_spectra(run.params), fc.head_tables(run.params)
+    measures, (s, ov) = fc.head_spectra(run.params), fc.centred_tables(run.params)
     spectrum = np.fft.fftshift(fc.head_spectrum(s), axes=1)  # query frequency 0 in the middle
     chosen = strongest(measures["size"], measures["live"], measures["frequency"], count)
     p = s.shape[1]
@@ -441,6 +438,13 @@ def draw_groups(groups, name, directory):
     save_figure(figure, directory, name)
 
 
+def print_json(runs):
+    """The report of a run {path: run}; of several a list, each with its file."""
+    reports = [{"file": path, **report(run)} if len(runs) > 1 else report(run)
+               for path, run in runs.items()]
+    print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2, allow_nan=False))
+
+
 def draw_runs(runs, directory):
     """A figure of each run {path: run}, named after its file; of several transformers a single
     one."""
@@ -448,6 +452,54 @@ def draw_runs(runs, directory):
         return draw_groups(group_runs(runs.values()), "grokking", directory)
     for path, run in runs.items():
         draw(run, os.path.splitext(os.path.basename(path))[0], directory)
+
+
+# ---- How scripts end -----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, printable(f"{self.prog}: {message}; see --help") + "\n")
+
+
+def printable(text):
+    """Text in which a control character is written out, so that no terminal obeys it."""
+    return "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
+
+
+def stop(number, _):
+    """Answer a signal: end as after an error, so that a run is saved. A second one ends at once."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
+
+
+def run_main(main):
+    """Run a script's main. What the user can mend is one line on stderr and exit code 2; after a
+    signal the code is 128 + its number, as it is if nobody reads the output (SIGPIPE, 13)."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), stop)
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # not all can show the bars of print_neurons
+    warnings.simplefilter("ignore", RuntimeWarning)  # we look for overflow ourselves
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(128 + 13)
+    except (fc.BadInput, OSError, MemoryError) as error:
+        problem = " ".join(str(error).split()) or "out of memory; take smaller sizes"
+        print(printable(f"{os.path.basename(sys.argv[0])}: {problem}"), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would flush once more, in vain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -474,51 +526,16 @@ def main(argv):
     elif args.figures:
         draw_runs(runs, args.figures)
     elif args.json:
-        print(json.dumps([{"file": path, **report(run)} for path, run in runs.items()], indent=2))
+        print_json(runs)
     elif all_transformers(runs):
         print_groups(group_runs(runs.values()))
     else:
         for path, run in runs.items():
-            print(f"\n{path}")
+            if len(runs) > 1:
+                print(printable(f"\n{path}"))
             print_report(report(run))
-            if "u" in run.params:
+            if len(runs) == 1 and "u" in run.params:
                 print_neurons(run)
-
-
-# ---- How scripts end -----------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
-def stop(number, _):
-    """Answer a signal: end as after an error, so that a run is saved. A second one ends at once."""
-    signal.signal(number, signal.SIG_DFL)
-    sys.exit(128 + number)
-
-
-def run_main(main):
-    """Run a script's main. What the user can mend is one line on stderr and exit code 2; after a
-    signal the code is 128 + its number, and where nobody reads the output it is 1."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-            signal.signal(getattr(signal, name), stop)
-    sys.stdout.reconfigure(errors="replace")  # not all outputs can show the bars of print_neurons
-    warnings.simplefilter("ignore", RuntimeWarning)  # save_run looks for overflow
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        sys.exit(1)
-    except (fc.BadInput, OSError, MemoryError) as error:
-        problem = " ".join(str(error).split())  # one line
-        print(f"{os.path.basename(sys.argv[0])}: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
