@@ -60,7 +60,8 @@ def report_neurons(run, whole, first, sample):
     k, p, live = config["k"], config["p"], measures["live"]
     restricted, excluded = (fc.evaluate(fc.network_of(config, part), sample)["accuracy"]
                             for part in fc.ablate(params))
-    names = "max_normalized_power", "single_frequency_fraction", "frequencies_used"
+    names = ("max_normalized_power", "single_frequency_fraction", "single_frequency_weight",
+             "frequencies_used")
     theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio"))
     if config["model"] != "relu":
         gamma, margin = fc.gamma_star(k, p), whole["margin"] / (fc.norm(params) or 1) ** (k + 1)
@@ -138,6 +139,7 @@ live heads           {live_heads} of {heads}; their medians:
 same frequency       {same_frequency:.2%} in all three, at init {same_frequency_at_init:.2%}
 single-frequency     {single_frequency_fraction:.2%} of them (> 95% of their power), at init \
 {single_frequency_fraction_at_init:.2%}
+  their weight       {single_frequency_weight:.2%} of sum_i ||theta_i||^(k+1)
 max normalized power {max_normalized_power:.4f}, at init {max_normalized_power_at_init:.4f}
 phase error          {phase_error:.4f} mean |phi_1 + .. + phi_k - phi_w|
 normalized margin    {margin:.6g}, {margin_ratio:.4f} of gamma*
@@ -250,7 +252,8 @@ def print_groups(groups):
 
 def strongest(size, live, frequency, count):
     """The largest live ones, count of them, that differ in frequency."""
-    order = np.argsort(-size)[:live.sum()]
+    order = np.argsort(-size)
+    order = order[live[order]]
     _, first = np.unique(frequency[order], return_index=True)
     return order[np.sort(first)[:count]]
 

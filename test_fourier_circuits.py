@@ -259,17 +259,141 @@ def test_control_variate_is_zero_over_all_inputs(k, p, monkeypatch):
         assert close(varied[1], gradients, rel=0, abs=rounding)
 
 
-@pytest.mark.parametrize("k, p, strength", [(2, 5, 0.5), (3, 7, 0.1), (4, 3, 0.6), (5, 3, 0.01)])
-def test_a_max_margin_network_is_the_optimum_at_each_strength(k, p, strength):
-    """Mean cross-entropy plus strength gamma* sum_i ||theta_i||^(k+1) has no
-    gradient there; that no network has less see test_formulas_from_the_weights."""
-    gamma, margin = fc.gamma_star(k, p), math.log((p - 1) * (1 - strength) / strength)
-    size = (margin / gamma) ** (1 / (k + 1))
-    params = {name: size * x for name, x in fc.rotated_network(k, p).items()}
+def lower_bound(k, p, strength, n):
+    """phi(N): no network whose norm to the power k+1 is N has a smaller objective (Def. 3.1)."""
+    return (np.log1p((p - 1) * np.exp(-fc.gamma_star(k, p) * n)) + strength * n ** (1 / (k + 1)))
+
+
+def objective(params, strength):
+    """Definition 3.1 on all of D_p. -> value, gradients"""
+    k, p, _ = params["u"].shape
     loss, gradients = fc.loss_and_gradients(network_of(params), fc.all_inputs(k, p))
-    _, pull = fc.penalty(params, strength * gamma)
-    assert loss == pytest.approx(math.log(1 + (p - 1) * math.exp(-margin)), rel=1e-12)
-    assert close(gradients, {name: -x for name, x in pull.items()}, rel=1e-9, abs=1e-13)
+    value, pull = fc.penalty(params, strength)
+    return loss + value, {name: d + pull[name] for name, d in gradients.items()}
+
+
+@pytest.mark.parametrize("k, p, best, margin, lambda_0", [
+    (2, 7, 0.04075, 8.238, 0.3024), (3, 5, 0.02825, 8.509, 0.3402), (2, 23, 0.0785, 8.960, 0.2424)])
+def test_the_papers_objective_is_max_margin_at_every_small_lambda(k, p, best, margin, lambda_0):
+    """At 0.005 the rotated network, scaled, reaches phi's least value, with the margin of step 5
+    and no gradient; no network beats phi; below lambda_0 that value is below the network of
+    zeros', log p, and above lambda_0 it is not."""
+    n = np.geomspace(1e-3, 60, 200_001) / fc.gamma_star(k, p)
+    x = margin_of_the_optimum(k, p, 0.005)
+    size = (x / fc.gamma_star(k, p)) ** (1 / (k + 1))
+    params = {name: size * x for name, x in fc.rotated_network(k, p).items()}
+    value, gradients = objective(params, 0.005)
+    assert x == pytest.approx(margin, abs=6e-4) and value == pytest.approx(best, abs=6e-5)
+    assert value == pytest.approx(lower_bound(k, p, 0.005, n).min(), rel=1e-9)
+    assert max(abs(d).max() for d in gradients.values()) < 1e-13
+    for seed in range(20):
+        other = {name: v + 0.1 * size * normal(*v.shape, seed=seed) for name, v in params.items()}
+        bound = lower_bound(k, p, 0.005, fc.norm(other) ** (k + 1))
+        assert value < bound <= objective(other, 0.005)[0]
+    largest = ((math.log(p) - lower_bound(k, p, 0, n)) / n ** (1 / (k + 1))).max()
+    assert largest == pytest.approx(lambda_0, abs=6e-5)
+    for factor in (0.99, 1.01):
+        least = lower_bound(k, p, factor * largest, n).min()
+        assert (least < math.log(p)) == (factor < 1)
+
+
+def margin_of_the_optimum(k, p, strength):
+    """Step 5: the larger root x, by bisection between the largest value of the left side and 60."""
+    def left(x):
+        gamma = fc.gamma_star(k, p)
+        return (k + 1) * gamma ** (1 / (k + 1)) * x ** (k / (k + 1)) * (p - 1) / (np.exp(x) + p - 1)
+
+    x = np.linspace(0, 60, 60_001)
+    low, high = x[left(x).argmax()], 60
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(middle) > strength else (low, middle)
+    return low
+
+
+C = [*(tuple(map(int, h)) for h in "000 110 101 112 121 011 200 211 220 222 231 321".split()),
+     (1, 0, -1), (1, -1, 0)]
+
+
+def test_why_k_3_needs_sixteen_neurons_a_frequency():
+    """Steps 7, 8, 12 below rotated_network, in whole numbers, and that its neurons obey 7; the
+    phase differences as multiples of pi/3, the sixth roots of unity as x + y e^(i pi/3)."""
+    chi = {tuple(n + s * np.ones(3, int)) for n in itertools.product(range(-3, 4), repeat=3)
+           if sum(map(abs, n)) in (1, 3) for s in (1, -1)} - {(0, 0, 0)}
+    assert all(tuple(np.array(x)[list(order)]) in chi for x in chi
+               for order in itertools.permutations(range(3)))  # step 10
+    sets = [C + [(0, 1, -1)], C + [(3, 1, 2)]]
+    for H in sets:
+        assert len(H) == 15
+        assert {tuple(np.subtract(g, h)) for g, h in itertools.permutations(H, 2)} <= chi
+    amplitudes, phases = fc.rotated_neurons(3)
+    t = (phases + np.pi * (amplitudes < 0))[:, :3]
+    assert abs(np.exp(1j * t @ np.array(sorted(chi)).T).sum(axis=0)).max() < 1e-13
+    root = np.array([(1, 0), (0, 1), (-1, 1), (-1, 0), (0, -1), (1, -1)])
+    d = np.array(list(itertools.product(range(6), repeat=3)))
+    assert len(d) == 216
+    zero = [(root[d @ np.array(sets[0])[:, order].T % 6].sum(axis=1) == 0).all(axis=1)
+            for order in map(list, itertools.permutations(range(3)))]  # of each order [216]
+    assert zero[0].sum() == 8 and not np.all(zero, axis=0).any()
+
+
+def test_a_narrower_network_where_3_divides_p():
+    """k = 3, p = 9: frequency 3 needs only nine neurons, so 57 in all reach gamma*, where
+    rotated_network has 64."""
+    t = np.pi / 6 * np.array([(5, 1, 1), (9, 9, 5), (5, 5, 1), (7, 3, 3), (3, 11, 11), (5, 5, 5),
+                              (7, 7, 3), (3, 3, 3), (1, 1, 1)])
+    phases = np.column_stack([t, t.sum(axis=1)])
+    nine = fc.cosine_network(3, 9, np.ones((9, 4)), phases)  # of all four frequencies
+    nine = {"u": nine["u"][:, :, 18:27], "w": nine["w"][18:27]}  # of frequency 3
+    most = fc.rotated_network(3, 9)
+    keep = np.r_[0:32, 48:64]  # without frequency 3
+    most = {"u": most["u"][:, :, keep], "w": most["w"][keep]}
+    nine = {name: v * (1 / 4) ** (1 / 4) / fc.norm(nine) for name, v in nine.items()}
+    most = {name: v * (3 / 4) ** (1 / 4) / fc.norm(most) for name, v in most.items()}
+    network = {"u": np.concatenate([nine["u"], most["u"]], axis=2),
+               "w": np.concatenate([nine["w"], most["w"]])}
+    assert network["w"].shape == (57, 9) and fc.rotated_network(3, 9)["w"].shape == (64, 9)
+    assert max(error for *_, error in fc.theory_check(network)) < 1e-12
+
+
+@pytest.mark.parametrize("k, p", [(2, 7), (3, 5), (4, 3)])
+def test_the_flow_of_small_weights(k, p):
+    """Step 2: the gradient of cross-entropy over D_p at small weights, frequency by frequency. Step
+    3: what is conserved, and what grows, along the flow in small steps."""
+    params = gaussian(k, p, 4, init_std=1e-4)
+    _, gradients = fc.loss_and_gradients(network_of(params), fc.all_inputs(k, p))
+
+    def pairs(params):
+        v = np.fft.fft(fc.neurons(params))[:, :, 1:(p - 1) // 2 + 1]
+        return np.concatenate([v[:-1], v[-1:].conj()])
+    v, kappa = pairs(params), math.factorial(k) / p**k
+    slope = kappa * (v.prod(axis=0) / v).conj()
+    assert -pairs(gradients) == pytest.approx(slope, rel=1e-6, abs=1e-6 * abs(slope).max())
+    q, sizes = v.prod(axis=0), abs(v) ** 2
+    for _ in range(3000):  # in steps of a thousandth of each pair's own time
+        dt = 1e-3 * abs(v / slope).min(axis=0)
+        v = v + dt * kappa * ((v + dt / 2 * slope).prod(axis=0) / (v + dt / 2 * slope)).conj()
+        slope = kappa * (v.prod(axis=0) / v).conj()
+    now, grown = v.prod(axis=0), abs(v) ** 2 - sizes
+    assert now.imag == pytest.approx(q.imag, rel=1e-3, abs=1e-6 * abs(now).max())
+    assert (now.real > q.real).all()
+    assert grown == pytest.approx(np.tile(grown[:1], (k + 1, 1, 1)), rel=1e-2)
+
+
+@pytest.mark.parametrize("k, p", [(2, 7), (3, 11), (4, 5)])
+def test_winning_frequency(k, p):
+    """The time by the closed form; the frequency that is planted as the largest, in each neuron."""
+    j, frequencies = np.arange(p), (p - 1) // 2
+    largest = 1 + np.arange(6) % frequencies
+    radius = 1 + 0.2 * (largest[:, None] == 1 + np.arange(frequencies))  # [m, (p-1)/2]
+    wave = np.cos(2 * np.pi * np.outer(1 + np.arange(frequencies), j) / p) * 2 / p
+    x = radius @ wave  # U_l(j) = W(j) = radius
+    zeta, time = fc.winning_frequency({"u": np.stack([x.T] * k), "w": x})
+    assert zeta.tolist() == largest.tolist()
+    expected = p**k / (math.factorial(k) * (k - 1) * radius ** (k - 1))
+    assert time == pytest.approx(expected, rel=1e-3)
+    turned = {"u": np.stack([x.T, *[np.roll(x.T, 1, axis=0)] * (k - 1)]), "w": x}  # later
+    assert (fc.winning_frequency(turned)[1] > 1.001 * time).all()
 
 
 @pytest.mark.parametrize("b", [-50, -1, 0, 1])
@@ -337,7 +461,7 @@ def number(value, gradients):
 
 def plain_penalty(u, w):
     norms = [math.sqrt((u[:, :, i] ** 2).sum() + (w[i] ** 2).sum()) for i in range(len(w))]
-    return 0.3 * sum(x ** (len(u) + 1) for x in norms)
+    return 0.3 * sum(x ** (len(u) + 1) for x in norms) ** (1 / (len(u) + 1))
 
 
 def plain_control_variate(u, w, coefficient=0.7, n=50):
@@ -512,7 +636,7 @@ def test_margins_norm_and_what_is_right(activation, monkeypatch):
                 "loss": -np.log(softmax(f, 1)[each, y]).mean()}
     seen = fc.evaluate(lambda a: fc.mlp(params, a, activation), a)
     assert close({name: seen[name] for name in expected}, expected)
-    norm = (plain_penalty(*params.values()) / 0.3) ** (1 / 4)
+    norm = plain_penalty(*params.values()) / 0.3
     assert fc.norm(params) == pytest.approx(norm, rel=1e-13)
     if activation == "power":
         ratio = fc.normalized_margin({name: 2 * x for name, x in params.items()})
@@ -542,17 +666,17 @@ def test_adamw_by_hand():
 
 
 def test_default_settings():
-    """The MLP has the theorem's width; max-margin's strength is in units of gamma*."""
+    """The MLP has the theorem's width; max-margin has all inputs and the paper's lambda."""
     assert fc.complete({"k": 4, "p": 5}) == fc.complete({}) | {"k": 4, "p": 5, "m": 256}
     config = fc.complete({"k": 4, "p": 5, "model": "max-margin", "lr": 0.125})
-    assert config["penalty"] == 0.1 * fc.gamma_star(4, 5) and config["batch"] == 5**4
+    assert config["penalty"] == 0.005 and config["batch"] == 5**4
     assert config["lr"] == 0.125 and fc.complete(config) == config
 
 
 def test_learning_rate():
     """Ten steps of warm-up, a held rate, then linearly to 0, where it stays."""
     for given, held in (({}, 50), ({"model": "control-variate", "hold": 0.7}, 70),
-                        ({"model": "attention"}, 50), ({"model": "max-margin"}, 0)):
+                        ({"model": "attention"}, 50), ({"model": "max-margin", "hold": 0}, 0)):
         config = fc.complete({"steps": 100, **given})
         assert [fc.learning_rate(config, step) / config["lr"] for step in range(120)] == (
             pytest.approx([min(1, (step + 1) / 10) * min(1, max(0, 100 - step) / (100 - held))
@@ -578,13 +702,18 @@ def test_neuron_spectra(k, p):
     x = np.cos(phase[:, None] + 2 * np.pi * zeta * np.arange(p)[:, None] / p) + mean[:, None]
     x[:, :, -2:] *= 0.101, 0.097  # only the last is not live
     s, live = fc.neuron_spectra({"u": x[:k], "w": x[k].T}), np.arange(20) < 19
-    power = 0.5 + mean**2
+    power, seen = 0.5 + mean**2, 0.5 + mean**2
+    seen[-1] = 0.5  # the mean of w counts in the share of w alone
+    weight = (seen.sum(axis=0) * np.array([1] * 18 + [0.101**2, 0.097**2])) ** ((k + 1) / 2)
     error = (phase[:k].sum(axis=0) - phase[k] + np.pi) % (2 * np.pi) - np.pi
     assert close({**s, "phases": np.exp(1j * s["phases"])}, {
-        "frequency": zeta, "concentration": 0.5 / power.mean(axis=0), "shares": 0.5 / power,
+        "frequency": zeta, "concentration": 0.5 / seen.mean(axis=0), "shares": 0.5 / power,
         "phases": np.exp(1j * phase), "phase_error": abs(error), "live": live, "single": live,
         "summary": {"max_normalized_power": (0.5 / power)[:, live].mean(), "live_neurons": 19,
-                    "single_frequency_fraction": 1, "frequencies_used": (p - 1) // 2}})
+                    "single_frequency_fraction": 1, "frequencies_used": (p - 1) // 2,
+                    "single_frequency_weight": weight[:19].sum() / weight.sum()}})
+    x[k, :, 0] += 100  # a neuron that runs away in w, where no softmax sees it
+    assert (fc.neuron_spectra({"u": x[:k], "w": x[k].T})["live"] == live).all()
     rough = x + np.where(zeta == 1, 0.3 * (-1) ** np.arange(p)[:, None], 0)  # single no more
     s = fc.neuron_spectra({"u": rough[:k], "w": rough[k].T})
     assert s["summary"]["frequencies_used"] == (p - 1) // 2 - 1
@@ -730,8 +859,9 @@ def test_spectra_size_life_and_ablation_of_heads(p):
 ATTENTION = {"model": "attention", "k": 3, "p": 7, "heads": 6, "d_model": 12}
 DEEP = {"model": "transformer", "k": 3, "p": 7, "d_model": 12, "d_ff": 20}
 CONTROL, EQUAL = {"model": "control-variate"}, {"model": "control-variate", "equal": 0.5}
-RUNS = [{}, {"model": "relu"}, CONTROL, CONTROL | {"train_fraction": 1.0, "batch": 1000},
-        EQUAL | {"p": 8, "weight_decay": 2}, {"model": "max-margin"}, {"split": "orbits"},
+RUNS = [{}, {"model": "relu"}, {"penalty": 0.3}, CONTROL | {"penalty": 0.1},
+        CONTROL | {"train_fraction": 1.0, "batch": 1000}, EQUAL | {"p": 8, "weight_decay": 2},
+        {"model": "max-margin"}, {"split": "orbits"},
         ATTENTION, DEEP, DEEP | {"layers": 1, "split": "orbits", "clip": 1e3}]
 
 
@@ -780,7 +910,7 @@ def test_a_step_is_what_is_written(settings, steps):
     assert (before == math.inf) == (steps == 0) and run.loss == pytest.approx(loss, rel=1e-12)
     if config["model"] == "control-variate":
         _, gradients = with_control_variate(params, a, min(1, before / math.log(p)))
-    if config["model"] == "max-margin":
+    if config.get("penalty"):
         _, pull = fc.penalty(params, config["penalty"])
         gradients = {name: d + pull[name] for name, d in gradients.items()}
     lr, decay = fc.learning_rate(config, steps), config["weight_decay"]
@@ -890,7 +1020,7 @@ def test_grokking_numbers():
     ({"p": 13, "steps": 1200}, {
         "train_accuracy": (1, 1), "test_accuracy": (0.99, 1), "frequencies_used": (6, 6),
         "single_frequency_fraction": (0.3, 0.7), "frequencies_used_at_init": (0, 0)}),
-    ({"k": 2, "p": 7, "m": 96, "model": "max-margin", "steps": 600},
+    ({"k": 2, "p": 7, "m": 96, "model": "max-margin", "steps": 1500},
      {"margin_ratio": (0.99, 1.0001)}),
     ({"model": "attention", "p": 23, "heads": 32, "steps": 800, "batch": 512, "init_std": 0.3}, {
         "distinct_accuracy": (0.9, 1), "collision_accuracy": (0, 0.95), "key_share": (0.8, 1),
@@ -909,14 +1039,17 @@ def test_training_finds_the_circuit(settings, ranges):
 # ---- Scripts, as a user runs them ----------------------------------------------------------------
 
 
-def refused(capsys, monkeypatch, module, *argv):
-    """Run a script's main here; it must exit with 2 and one line on stderr. -> that line"""
+def refused(capsys, monkeypatch, module, *argv, before=""):
+    """Run a script's main here; it must exit with 2 and one line on stderr. -> that line
+
+    before: what may be the beginning of all lines printed before."""
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         analyze.run_main(module.main)
     captured = capsys.readouterr()
     assert stop.value.code == 2
-    assert captured.err.count("\n") == 1 and captured.err.endswith("\n") and not captured.out
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    assert all(before and line.startswith(before) for line in captured.out.splitlines())
     return captured.err
 
 
@@ -1008,12 +1141,27 @@ def test_whatever_ends_a_run_it_is_saved(error, monkeypatch):
     assert fc.load_run("run.npz").step == 29
 
 
-def test_output_that_nobody_reads():
+SHELL_RUNS = {  # what becomes of the command in a shell: its exit codes, and how far the run came
+    "{} | true; echo ${{PIPESTATUS[0]}}": ("141", None), "{} >&-; echo $?": ("0", 60),
+    "{} >/dev/full; echo $?": ("2", None),
+    "{} >/dev/null & {} >/dev/null; wait; echo $?": ("0", 60),
+    "{} >/dev/null & sleep 0.4; kill -9 $!; {} >/dev/null; echo $?": ("0", 60),
+    "{} --steps 100000000 >/dev/null & sleep 1.5; kill -HUP $!; wait $!; echo $?": ("129", None)}
+
+
+@pytest.mark.parametrize("line", SHELL_RUNS)
+def test_in_a_shell(line):
+    """Output that nobody reads, that is closed, that is full; two processes with one file; a
+    signal. No traceback, and the run is saved."""
     command = f"{sys.executable} {HERE}/train.py {TINY} --out run.npz"
-    done = subprocess.run(["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}"],
-                          text=True, capture_output=True)
-    assert done.stdout == "141\n" and done.stderr.startswith("\nstopped at step ")
-    assert done.stderr.count("\n") == 2 and fc.load_run("run.npz").step < 60
+    done = subprocess.run(["bash", "-c", line.format(*[command] * 2)], text=True,
+                          capture_output=True)
+    code, step = SHELL_RUNS[line]
+    assert done.stdout.endswith(f"{code}\n") and "Traceback" not in done.stderr
+    run = fc.load_run("run.npz")
+    assert (run.step < run.config["steps"]) if step is None else run.step == step
+    assert code == "0" or done.stderr.startswith("\nstopped at step ")
+    assert "kill -9" in line or os.listdir() == ["run.npz"]
 
 
 def test_what_is_there_is_not_overwritten(capsys, monkeypatch):
@@ -1049,6 +1197,41 @@ def test_a_save_that_fails_leaves_the_one_before(monkeypatch):
     assert os.listdir() == ["run.npz"] and Path("run.npz").read_bytes() == before
 
 
+@pytest.mark.parametrize("flags", [
+    "--k 6 --p 2 --m 8 --train-fraction 0.02 --init-std 1e5 --lr 0 --steps 1",
+    "--k 4 --p 2 --m 14 --steps 40 --lr 8.885257216107824 --seed 87 --train-fraction 0.3 "
+    "--model relu", "--k 2 --p 7 --steps 30 --lr 1000 --init-std 1e6"])
+def test_an_overflow_ends_a_run_in_one_line(flags, capsys, monkeypatch):
+    """Of logits or of weights: the last good save stays, and can be read."""
+    error = refused(capsys, monkeypatch, train, *flags.split(), "--out", "run.npz", before="step ")
+    assert "overflowed" in error and "--lr" in error
+    assert fc.load_run("run.npz").step == 0 and os.listdir() == ["run.npz"]
+
+
+def test_a_file_keeps_its_link_and_its_mode():
+    os.mkdir("there")
+    os.symlink("there/run.npz", "run.npz")
+    fc.save_run("run.npz", small_run())
+    os.chmod("there/run.npz", 0o640)
+    fc.save_run("run.npz", advance(small_run(), 3))
+    assert os.path.islink("run.npz") and fc.load_run("there/run.npz").step == 3
+    assert os.stat("there/run.npz").st_mode & 0o777 == 0o640 and len(os.listdir("there")) == 1
+
+
+@pytest.mark.parametrize("out", ["keep.npz/", "new/", "folder", ".", "missing/x.npz", "pipe",
+                                 "/dev/null", "x" * 300, ""])
+def test_places_where_no_run_can_be(out, capsys, monkeypatch):
+    """Refused before any work, by the name that was given; nothing is touched."""
+    fc.save_run("keep.npz", small_run())
+    os.mkdir("folder")
+    os.mkfifo("pipe")
+    before, names = Path("keep.npz").read_bytes(), sorted(os.listdir())
+    monkeypatch.setattr(fc, "train_step", Mock(side_effect=AssertionError))
+    error = refused(capsys, monkeypatch, train, *TINY.split(), "--out", out)
+    assert f" {out}: " in error or f"cannot read {out} as" in error
+    assert sorted(os.listdir()) == names and Path("keep.npz").read_bytes() == before
+
+
 def test_files_that_are_not_runs():
     """Cut, of another version, something else; and 60 files with a few bytes changed: read whole or
     refused, in one line."""
@@ -1069,9 +1252,36 @@ def test_files_that_are_not_runs():
         except fc.BadInput as error:
             refusals.append(str(error))
     assert len(refusals) > 46 and "\n" not in "".join(refusals)
-    np.savez("old.npz", **np.load("other.npz"), meta=json.dumps({"format": "format 7"}))
-    with pytest.raises(fc.BadInput, match="another version"):
-        fc.load_run("old.npz")
+
+
+def edited(path, **changes):
+    """Write the run file at path anew, with other arrays (None: without them) or fields of meta."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays.pop("meta")))
+    for name, value in changes.items():
+        fields = meta["config"] if name in meta["config"] else meta if name in meta else arrays
+        fields[name.replace("_", " ") if fields is arrays else name] = value
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    np.savez(path, **arrays, meta=json.dumps(meta))
+
+
+@pytest.mark.parametrize("words, changes", [
+    ("another version", {"format": "format 7"}), ("no setting", {"config": {"steeps": 3}}),
+    ("steps", {"steps": 40.5}), ("settings", {"step": 41}), ("settings", {"step": 20.5}),
+    ("settings", {"seconds": math.inf}), ("settings", {"step": -1}),
+    ("not possible", {"k": 1}), ("not possible", {"lr": math.nan}), ("shape", {"m": 45}),
+    ("shape", {"p": 13}), ("params w", {"params_w": None}),
+    ("shape", {"first_u": np.zeros((2, 11, 40, 1), "f4")}),
+    ("shape", {"loss": np.zeros(2, "f4")}), ("type <U1", {"params_u": np.array("x")}),
+    ("type float64", {"second_w": np.zeros((40, 11))})])
+def test_files_that_were_edited(words, changes):
+    """Refused in one line, which says what is wrong."""
+    fc.save_run("run.npz", advance(small_run(), 20))
+    edited("run.npz", **changes)
+    with pytest.raises(fc.BadInput, match=words) as error:
+        fc.load_run("run.npz")
+    assert "\n" not in str(error.value)
 
 
 def test_different_runs_have_different_files():
@@ -1106,7 +1316,7 @@ BAD_TRAIN = """\
 --model attention --d-ff 8|--model attention --split random|--split odd|--dtype float16
 --k 6 --p 97|--k 200|--model max-margin --k 200|--k 1000000000|--p 1000000007|--m 10000000000
 --k 7 --p 2 --m 9 --init-std 1e6|--device auto|--figure 11
---out /dev/null|--out missing/x.npz|--out ."""
+--figure 4|--figure 4-k6|--betas 0.9|--resume x"""
 BAD_ANALYZE = """|missing.npz|.|--theory run.npz|--theory --p 1|--theory --k 9 --p 97|--theory --p x
 --theory --k 14300 --p 5|--theory --k 10000000000"""
 
@@ -1154,10 +1364,25 @@ def test_the_cosine_that_is_drawn(p, zeta):
     assert drawn == pytest.approx(np.tile(x, 2), abs=1e-12)
 
 
+def test_each_row_can_be_printed():
+    """Each name in a row of a report, or of progress, is one that some report, or line, has."""
+    runs = [advance(small_run(**settings), 10) for settings in RUNS]
+    known = {"chance", "left", *(name for run in runs for name in analyze.report(run)),
+             *(name for run in runs for name in run.history[0])}
+    for row in [*analyze.ROWS.splitlines(), *train.PROGRESS.splitlines()]:
+        assert analyze.names_of(row) <= known, row
+
+
+def test_names_with_control_characters_are_written_out(capsys, monkeypatch):
+    assert analyze.printable("a\x1b[2Jb\tc") == "a\\x1b[2Jb\\tc"
+    error = refused(capsys, monkeypatch, analyze, "no\x1b\n[2Jfile.npz")
+    assert "no\\x1b" in error and "\x1b" not in error
+
+
 def test_defaults_in_help():
     table = [line.split() for line in train.defaults().splitlines()[1:]]
     assert [row[0] for row in table] == list(fc.SETTINGS)
-    assert ["steps", "2000", "2000", "2250", "2000", "6000", "2500"] in table
+    assert ["steps", "2000", "2000", "2000", "2000", "6000", "2500"] in table
 
 
 def test_figures():
