@@ -563,6 +563,13 @@ def test_network_and_its_gradient(name, k, p):
         assert logits == pytest.approx(expected, rel=1e-9, abs=1e-10)
 
 
+def test_the_gradient_of_a_sure_answer_is_exact():
+    """In float32 softmax - 1 would be 0 here; the true gradient is -2 e^-20 / (1 + 2 e^-20)."""
+    _, backward = fc.cross_entropy(np.array([[20, 0, 0]], "f4"), np.array([0]))
+    small = math.exp(-20) / (1 + 2 * math.exp(-20))
+    assert backward() == pytest.approx(np.array([[-2 * small, small, small]]), rel=1e-6)
+
+
 def test_large_numbers_stay_finite():
     loss, backward = fc.cross_entropy(np.array([[1e4, 0.0], [0.0, 1e4]]), np.array([0, 0]))
     assert loss == 5e3 and loss.dtype == backward().dtype == np.float64
