@@ -4,6 +4,8 @@
 
 import copy
 import doctest
+import fractions
+import io
 import itertools
 import json
 import math
@@ -12,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from unittest.mock import Mock
@@ -613,10 +616,20 @@ def test_the_largest_array_has_its_limit(monkeypatch):
     for k, p in ((2, 6), (1, 5), (2, 1), (10**9, 10**9)):
         with pytest.raises(fc.BadInput):
             fc.check_size(k, p)
+    monkeypatch.setattr(fc, "PIECE", 1)
     fc.init_mlp(rng(), 2, 2, 4, 1)  # 24 weights, with gradient and moments 384 bytes
     for wide in ({"m": 5}, {"m": 4, "dtype": "float64"}):
         with pytest.raises(fc.BadInput, match="weights"):
             fc.init_mlp(rng(), 2, 2, init_std=1, **wide)
+
+
+@pytest.mark.parametrize("flags", [
+    "--k 2 --p 2 --m 1000000", "--model attention --k 2 --p 5000",
+    "--model transformer --k 12 --p 2 --d-ff 100000", "--model transformer --heads 1000000",
+    "--m 100000000", "--k 30 --p 2"])
+def test_sizes_that_exceed_memory_are_refused_before_training(flags, capsys, monkeypatch):
+    assert "too large" in refused(capsys, monkeypatch, train, *flags.split())
+    assert not os.listdir()
 
 
 def test_pieces(monkeypatch):
@@ -1344,7 +1357,119 @@ def test_without_a_gpu(capsys, monkeypatch):
         fc.use_device("cpu")
 
 
+# ---- Numbers of other kinds ----------------------------------------------------------------------
+
+
+def test_sizes_as_small_numpy_integers():
+    """Nothing overflows: int8(11)^2 would be -7."""
+    for k, p in ((np.uint8(2), np.uint8(23)), (np.int8(3), np.int8(11)), (np.int64(2), np.int8(8))):
+        n, plain = int(p) ** int(k), (int(k), int(p))
+        assert len(fc.all_inputs(k, p)) == len(fc.split(k, p, 1, rng())) == n
+        assert (fc.orbits(k, p, int(k)) == fc.orbits(*plain, int(k))).all()
+        assert fc.digits(np.array([n - 1]), k, p).tolist() == [[int(p) - 1] * int(k)]
+        assert fc.gamma_star(k, p) == fc.gamma_star(*plain) > 0
+        assert close(fc.rotated_network(k, p), fc.rotated_network(*plain), rel=0, abs=0)
+        assert fc.new_run({"k": k, "p": p}).config == fc.complete({"k": plain[0], "p": plain[1]})
+    with pytest.raises(fc.BadInput, match="too large"):
+        fc.all_inputs(np.int64(64), np.int64(2))
+    assert fc.labels(np.full((1, 9), 200, "u1"), np.uint8(251)).tolist() == [9 * 200 % 251]
+
+
+@pytest.mark.parametrize("name", ["power", "relu", "attention", "2 layers"])
+def test_tokens_are_taken_modulo_p(name):
+    params, network, _, a = small_network(name, 3, 5)
+    expected, _ = network(params, a)
+    for shift in (5, -5, 50):
+        logits, backward = network(params, a + shift)
+        assert (logits == expected).all()
+        assert all(np.isfinite(d).all() for d in backward(np.ones_like(logits)).values())
+    assert (network(params, a.astype("u1") + np.uint8(250))[0] == expected).all()
+    assert (network(params, a.tolist())[0] == expected).all()
+    with pytest.raises(TypeError):
+        network(params, a + 0.5)
+
+
+def test_integers_and_lists_are_measured_as_floats():
+    """Weights, logits, spectra; labels as a column; masks are refused."""
+    whole = {name: np.rint(5 * x) for name, x in gaussian(3, 7, 4).items()}
+    small = {name: x.astype("i1") for name, x in whole.items()}
+    nested = {name: x.tolist() for name, x in whole.items()}
+    for same in (small, nested):
+        assert all(close(x, y, rel=1e-5, abs=1e-5)  # float32 of int8
+                   for x, y in zip(fc.ablate(same), fc.ablate(whole)))
+        assert fc.norm(same) == fc.norm(whole)
+        assert (fc.neuron_norms(same) == fc.neuron_norms(whole)).all()
+        assert fc.neuron_spectra(same)["summary"] == fc.neuron_spectra(whole)["summary"]
+    assert fc.power_spectrum([3, 0, 0]).tolist() == pytest.approx([9, 18])
+    f, y = [[5, 3, 1], [0, 0, 100]], [0, 2]
+    for logits in (f, np.array(f, "i1"), np.array(f, "f4"), np.array(f, "u1")):
+        margin, weighted = fc.margins(logits, y)
+        assert margin.tolist() == [2, 100] and weighted.tolist() == [3, 100]
+        loss, backward = fc.cross_entropy(logits, np.array([[0], [2]]))  # a column
+        assert loss == pytest.approx(math.log(1 + math.exp(-2) + math.exp(-4)) / 2, rel=1e-6)
+        assert backward().shape == (2, 3)
+    assert fc.margins(f, np.array([[0], [2]]))[0].tolist() == [2, 100]
+    for use in (fc.margins, fc.cross_entropy):
+        with pytest.raises(ValueError):
+            use(np.array(f), [0])
+    mask = np.ma.masked_equal([[1, 2]], 1)
+    for use in (lambda: fc.labels(mask, 3), lambda: fc.power_spectrum(mask),
+                lambda: fc.margins(np.ma.masked_equal(f, 0), y), lambda: fc.tokens(mask, 3),
+                lambda: fc.cross_entropy(np.ma.masked_equal(f, 0), y),
+                lambda: fc.norm({"u": np.ma.masked_equal(small["u"], 1), "w": small["w"]})):
+        with pytest.raises(TypeError, match="masked"):
+            use()
+
+
+def test_gamma_star_of_many_numbers():
+    """No power or factorial overflows; the formula in whole numbers is 2 k! over the rest."""
+    for k, p in ((171, 3), (40, 7)):
+        square = (fractions.Fraction(2 * math.factorial(k)) ** 2
+                  / ((2 * k + 2) ** (k + 1) * (p - 1) ** 2 * p ** (k - 1)))
+        assert fc.gamma_star(k, p) == pytest.approx(math.sqrt(square), rel=1e-11)
+
+
 # ---- Small things --------------------------------------------------------------------------------
+
+
+def test_two_runs_in_two_threads(monkeypatch):
+    """Both end and are saved; the caller's signals stay as they were; so does a notebook's output,
+    which is no file."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads = [threading.Thread(target=train.main, args=(f"{TINY} --seed {seed}".split(),))
+               for seed in (0, 1, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert sorted(os.listdir()) == [f"mlp-k2-p7-seed{i}-steps60-batch16.npz" for i in (0, 1)]
+    for name in os.listdir():
+        run = fc.load_run(name)
+        assert_same(run, advance_as(run))
+    assert sys.stdout.getvalue().count("saved to") == 3
+
+
+def advance_as(run):
+    """The run with these settings, trained anew, with the lines of progress that train prints."""
+    again = fc.new_run(run.config)
+    steps = [line["step"] for line in run.history]
+    for _ in range(run.step):
+        again = fc.train_step(again)
+        if again.step in steps:
+            again.history = [*again.history, fc.progress(again)]
+    return again
+
+
+def test_logits_that_cannot_be_measured(capsys, monkeypatch):
+    """The report of finite weights says so in one line, and so does --json."""
+    run = small_run()
+    run.params = {name: np.full_like(x, 1e30) for name, x in run.params.items()}
+    fc.save_run("run.npz", run)
+    for flags in ([], ["--json"]):
+        error = refused(capsys, monkeypatch, analyze, "run.npz", *flags)
+        assert "the logits overflowed" in error
 
 
 def test_settings_from_python_are_checked_as_flags_are():
@@ -1475,7 +1600,7 @@ class StandIn:
         return x if isinstance(x, Array) else Array(np.array(x, dtype))
 
     def asnumpy(self, x):
-        return x.hidden.copy()
+        return x if isinstance(x, np.ndarray) else x.hidden.copy()
 
 
 @pytest.mark.parametrize("settings", [{}, EQUAL | {"k": 3, "p": 6}, {"model": "max-margin"},
