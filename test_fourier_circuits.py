@@ -395,8 +395,10 @@ def test_winning_frequency(k, p):
     assert zeta.tolist() == largest.tolist()
     expected = p**k / (math.factorial(k) * (k - 1) * radius ** (k - 1))
     assert time == pytest.approx(expected, rel=1e-3)
-    turned = {"u": np.stack([x.T, *[np.roll(x.T, 1, axis=0)] * (k - 1)]), "w": x}  # later
-    assert (fc.winning_frequency(turned)[1] > 1.001 * time).all()
+    u, shift = np.stack([np.roll(x.T, 1, axis=0), *[x.T] * (k - 1)]), np.roll(x, 1, axis=1)
+    assert fc.winning_frequency({"u": u, "w": shift})[1] == pytest.approx(time, rel=1e-9)
+    late = fc.winning_frequency({"u": u, "w": x})[1]  # the phases do not add up
+    assert (late > 1.001 * time).all()
 
 
 @pytest.mark.parametrize("b", [-50, -1, 0, 1])
@@ -880,7 +882,7 @@ ATTENTION = {"model": "attention", "k": 3, "p": 7, "heads": 6, "d_model": 12}
 DEEP = {"model": "transformer", "k": 3, "p": 7, "d_model": 12, "d_ff": 20}
 CONTROL, EQUAL = {"model": "control-variate"}, {"model": "control-variate", "equal": 0.5}
 RUNS = [{}, {"model": "relu"}, {"penalty": 0.3}, CONTROL | {"penalty": 0.1},
-        CONTROL | {"train_fraction": 1.0, "batch": 1000}, EQUAL | {"p": 8, "weight_decay": 2},
+        CONTROL | {"train_fraction": 1.0, "batch": 1000}, CONTROL | {"batch": 1000}, EQUAL | {"p": 8, "weight_decay": 2},
         {"model": "max-margin"}, {"split": "orbits"},
         ATTENTION, DEEP, DEEP | {"layers": 1, "split": "orbits", "clip": 1e3}]
 
