@@ -1296,7 +1296,8 @@ def edited(path, **changes):
     ("shape", {"p": 13}), ("params w", {"params_w": None}),
     ("shape", {"first_u": np.zeros((2, 11, 40, 1), "f4")}),
     ("shape", {"loss": np.zeros(2, "f4")}), ("type <U1", {"params_u": np.array("x")}),
-    ("history", {"history": [{"step": 3}]}), ("keys", {"history": [3]}),
+    ("settings", {"config": {"k": 2, "p": 11}}), ("history", {"history": [{"step": 3}]}),
+    ("keys", {"history": [3]}),
     ("type float64", {"second_w": np.zeros((40, 11))})])
 def test_files_that_were_edited(words, changes):
     """Refused in one line, which says what is wrong."""
