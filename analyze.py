@@ -498,11 +498,6 @@ def run_main(main):
         problem = " ".join(str(error).split()) or "out of memory; take smaller sizes"
         print(printable(f"{os.path.basename(sys.argv[0])}: {problem}"), file=sys.stderr)
         sys.exit(2)
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError:  # Python would flush once more, in vain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- The command ---------------------------------------------------------------------------------

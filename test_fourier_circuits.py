@@ -1500,6 +1500,14 @@ def test_the_cosine_that_is_drawn(p, zeta):
     assert drawn == pytest.approx(np.tile(x, 2), abs=1e-12)
 
 
+def test_the_strongest_of_different_frequencies():
+    """Live ones only, even if one that is not live is larger; of each frequency the largest."""
+    size, live = np.array([9, 5, 4, 3, 7]), np.array([False, True, True, True, True])
+    frequency = np.array([4, 1, 2, 1, 2])
+    assert analyze.strongest(size, live, frequency, 3).tolist() == [4, 1]
+    assert analyze.strongest(size, live, frequency, 1).tolist() == [4]
+
+
 def test_each_row_can_be_printed():
     """Each name in a row of a report, or of progress, is one that some report, or line, has."""
     runs = [advance(small_run(**settings), 10) for settings in RUNS]
