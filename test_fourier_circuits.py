@@ -882,7 +882,8 @@ ATTENTION = {"model": "attention", "k": 3, "p": 7, "heads": 6, "d_model": 12}
 DEEP = {"model": "transformer", "k": 3, "p": 7, "d_model": 12, "d_ff": 20}
 CONTROL, EQUAL = {"model": "control-variate"}, {"model": "control-variate", "equal": 0.5}
 RUNS = [{}, {"model": "relu"}, {"penalty": 0.3}, CONTROL | {"penalty": 0.1},
-        CONTROL | {"train_fraction": 1.0, "batch": 1000}, CONTROL | {"batch": 1000}, EQUAL | {"p": 8, "weight_decay": 2},
+        CONTROL | {"train_fraction": 1.0, "batch": 1000}, CONTROL | {"batch": 1000},
+        EQUAL | {"p": 8, "weight_decay": 2},
         {"model": "max-margin"}, {"split": "orbits"},
         ATTENTION, DEEP, DEEP | {"layers": 1, "split": "orbits", "clip": 1e3}]
 
