@@ -1275,6 +1275,7 @@ def test_files_that_are_not_runs():
         except fc.BadInput as error:
             refusals.append(str(error))
     assert len(refusals) > 46 and "\n" not in "".join(refusals)
+    assert all("it is no .npz file" in text for text in refusals[:5])
 
 
 def edited(path, **changes):
