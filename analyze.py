@@ -54,7 +54,7 @@ def histogram(frequencies, p):  # -> [p // 2]
 
 
 def report_neurons(run, whole, first, sample):
-    """report's part on the MLP; the margin is normalized."""
+    """The part of a report on the MLP. Its margin is the normalized one."""
     config, params = run.config, run.params
     measures, before = fc.neuron_spectra(params), fc.neuron_spectra(first)["summary"]
     k, p, live = config["k"], config["p"], measures["live"]
@@ -76,9 +76,9 @@ SHARES = "key_share", "token_share", "class_share", "block_share"
 
 
 def report_heads(run, whole, first, sample):
-    """report's part on attention: medians over live heads, at init over all, and over Gaussian
-    tables (at random); accuracies on held-out orbits (fresh), on those where a_1 .. a_{k-1} all
-    differ (distinct) or not (collision)."""
+    """The part of a report on attention: medians over live heads, over all heads at init, and over
+    Gaussian tables (at random); accuracies on held-out orbits (fresh), on those of them where
+    a_1 .. a_{k-1} all differ (distinct), and on the others (collision)."""
     k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
     right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
     restricted, excluded = (fc.evaluate(network, sample)["accuracy"]
@@ -101,7 +101,7 @@ def report_heads(run, whole, first, sample):
 
 
 def report_blocks(run, whole, first, sample):
-    """report's part on a transformer: its grokking."""
+    """The part of a report on a transformer: its grokking."""
     return grokking(run.history)
 
 
@@ -349,10 +349,8 @@ def draw(run, name, directory):
 def draw_mlp(run):
     """The paper's Figures 1 and 2: a neuron and its spectra, frequencies, power; before, after."""
     measures, k, p = fc.neuron_spectra(run.params), run.config["k"], run.config["p"]
-    live, purity = measures["live"], measures["concentration"]
-    live = np.flatnonzero(live | ~live.any())  # of a network of zeros, all
-    pure = live[purity[live] >= np.median(purity[live])]
-    one = pure[np.argmin(np.abs(measures["frequency"][pure] - 2))]  # a wave that the eye can see
+    live = np.flatnonzero(measures["live"] | ~measures["live"].any())  # of a network of zeros, all
+    one = typical(measures, live)
     figure, zeta = new_figure(10, 1.1 * (k + 1) + 0.6), np.arange(p // 2 + 1)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
     axes = left.subplots(k + 1, 2, sharex="col")
@@ -379,6 +377,14 @@ def draw_mlp(run):
     draw_shares(power, fc.neuron_spectra(first.params)["shares"], measures["shares"][:, live],
                 "maximum normalized power of all $u_1 .. u_k, w$")
     return figure, last
+
+
+def typical(measures, live):
+    """One of these neurons, with at least their median purity, whose frequency is nearest to 2: a
+    wave that the eye can see."""
+    purity = measures["concentration"][live]
+    pure = live[purity >= np.median(purity)]
+    return pure[np.argmin(np.abs(measures["frequency"][pure] - 2))]
 
 
 def cosine_at(x, zeta, t):  # [p], a frequency, [..] -> [..]
