@@ -115,6 +115,16 @@ def test_examples_in_the_module():
     assert failed == 0 and attempted > 10
 
 
+def test_cosine_network_has_the_amplitudes_and_phases_given():
+    phases, signs = normal(3, 4, seed=1), np.array([[1, 1, 1, -1], [1, -1, 1, 1], [1, 1, 1, 1]])
+    params = fc.cosine_network(3, 7, 5 * signs, phases)
+    measures = fc.neuron_spectra(params)
+    turn = np.tile(phases + np.pi * (signs < 0), (3, 1)).T
+    assert abs(np.exp(1j * measures["phases"]) - np.exp(1j * turn)).max() < 1e-14
+    assert measures["frequency"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert fc.neuron_norms(params) == pytest.approx(np.full(9, 9 ** (-1 / 4)))
+
+
 def test_gamma_star_of_the_paper():
     for p in (3, 23, 97):
         assert fc.gamma_star(2, p) == pytest.approx(math.sqrt(2 / 27) / (math.sqrt(p) * (p - 1)))
@@ -774,6 +784,8 @@ def test_ablate(p):
     assert fc.power_spectrum(fc.neurons(rest))[:, np.arange(5), zeta].max() < 1e-25
     best = fc.rotated_network(2, p)
     assert close(fc.ablate(best)[0], best, abs=1e-15)
+    single = {name: x.astype("float32") for name, x in params.items()}
+    assert all(x.dtype == "float32" for part in fc.ablate(single) for x in part.values())
 
 
 # ---- The circuit, in every network ---------------------------------------------------------------
@@ -1528,6 +1540,14 @@ def test_the_strongest_of_different_frequencies():
     frequency = np.array([4, 1, 2, 1, 2])
     assert analyze.strongest(size, live, frequency, 3).tolist() == [4, 1]
     assert analyze.strongest(size, live, frequency, 1).tolist() == [4]
+
+
+def test_the_typical_neuron():
+    """A live one, not of the less pure half, with the frequency nearest to 2."""
+    measures = {"concentration": np.array([0.5, 0.9, 0.7, 1.0, 0.8]),
+                "frequency": np.array([2, 4, 2, 3, 3])}
+    assert analyze.typical(measures, np.array([0, 1, 2, 4])) == 4
+    assert analyze.typical(measures, np.array([0, 2])) == 2
 
 
 def test_each_row_can_be_printed():
