@@ -1324,15 +1324,15 @@ def edited(path, **changes):
 
 @pytest.mark.parametrize("words, changes", [
     ("another version", {"format": "format 7"}), ("no setting", {"config": {"steeps": 3}}),
-    ("steps", {"steps": 40.5}), ("settings", {"step": 41}), ("settings", {"step": 20.5}),
-    ("settings", {"seconds": math.inf}), ("settings", {"step": -1}),
-    ("not possible", {"k": 1}), ("not possible", {"lr": math.nan}), ("shape", {"m": 45}),
-    ("shape", {"p": 13}), ("params w", {"params_w": None}),
-    ("shape", {"first_u": np.zeros((2, 11, 40, 1), "f4")}),
-    ("shape", {"loss": np.zeros(2, "f4")}), ("type <U1", {"params_u": np.array("x")}),
+    ("steps", {"steps": 40.5}), ("its step", {"step": 41}), ("its step", {"step": 20.5}),
+    ("seconds", {"seconds": math.inf}), ("its step", {"step": -1}),
+    ("not possible", {"k": 1}), ("not possible", {"lr": math.nan}), ("arrays", {"m": 45}),
+    ("arrays", {"p": 13}), ("arrays", {"params_w": None}), ("arrays", {"more": np.zeros(1)}),
+    ("arrays", {"first_u": np.zeros((2, 11, 40, 1), "f4")}),
+    ("arrays", {"loss": np.zeros(2, "f4")}), ("arrays", {"params_u": np.array("x")}),
     ("settings", {"config": {"k": 2, "p": 11}}), ("history", {"history": [{"step": 3}]}),
     ("keys", {"history": [3]}),
-    ("type float64", {"second_w": np.zeros((40, 11))})])
+    ("arrays", {"second_w": np.zeros((40, 11))})])
 def test_files_that_were_edited(words, changes):
     """Refused in one line, which says what is wrong."""
     fc.save_run("run.npz", advance(small_run(), 20))
