@@ -33,14 +33,19 @@ def report(run):
     sample = fc.sample_inputs(np.arange(p**k), k, p, np.random.default_rng(0))
     without = fc.evaluate(fc.without_circuit(network, whole["circuit"]), sample)
     at_init = fc.evaluate(fc.network_of(config, first), sample)
+    if config["model"] == "transformer":
+        more = grokking(run.history)
+    elif config["model"] == "attention":
+        more = report_heads(run, whole["right"], first, sample)
+    else:
+        more = report_neurons(run, whole["margin"], first, sample)
     return {**config, "step": run.step, "seconds": round(run.seconds, 2),
             "train_inputs": len(run.index), "train_accuracy": mean(whole["right"], run.train),
             "test_accuracy": mean(whole["right"], ~run.train), "frequencies_total": p // 2,
             "circuit_share": whole["circuit_share"],
             "circuit_share_at_init": at_init["circuit_share"],
             "circuit_frequencies": fc.circuit_frequencies(whole["circuit"]),
-            "accuracy_without_circuit": without["accuracy"],
-            **ABOUT.get(config["model"], report_neurons)(run, whole, first, sample)}
+            "accuracy_without_circuit": without["accuracy"], **more}
 
 
 def mean(x, part):
@@ -53,8 +58,9 @@ def histogram(frequencies, p):  # -> [p // 2]
     return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
 
 
-def report_neurons(run, whole, first, sample):
-    """The part of a report on the MLP. Its margin is the normalized one."""
+def report_neurons(run, margin, first, sample):
+    """The part of a report on the MLP, with this margin on all inputs and these first weights. The
+    margin that is reported is the normalized one."""
     config, params = run.config, run.params
     measures, before = fc.neuron_spectra(params), fc.neuron_spectra(first)["summary"]
     k, p, live = config["k"], config["p"], measures["live"]
@@ -64,7 +70,7 @@ def report_neurons(run, whole, first, sample):
              "frequencies_used")
     theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio"))
     if config["model"] != "relu":
-        gamma, margin = fc.gamma_star(k, p), whole["margin"] / (fc.norm(params) or 1) ** (k + 1)
+        gamma, margin = fc.gamma_star(k, p), margin / (fc.norm(params) or 1) ** (k + 1)
         theory = {"gamma_star": gamma, "margin": margin, "margin_ratio": margin / gamma}
     return {**measures["summary"], **{f"{name}_at_init": before[name] for name in names},
             "phase_error": mean(measures["phase_error"], live),
@@ -75,12 +81,13 @@ def report_neurons(run, whole, first, sample):
 SHARES = "key_share", "token_share", "class_share", "block_share"
 
 
-def report_heads(run, whole, first, sample):
-    """The part of a report on attention: medians over live heads, over all heads at init, and over
-    Gaussian tables (at random); accuracies on held-out orbits (fresh), on those of them where
-    a_1 .. a_{k-1} all differ (distinct), and on the others (collision)."""
+def report_heads(run, right, first, sample):
+    """The part of a report on attention, which answers these inputs right and had these first
+    weights: medians over live heads, over all heads at init, and over Gaussian tables (at random);
+    accuracies on held-out orbits (fresh), on those of them where a_1 .. a_{k-1} all differ
+    (distinct), and on the others (collision)."""
     k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
-    right, test, equal = whole["right"], ~run.train, fc.collisions(k, p)
+    test, equal = ~run.train, fc.collisions(k, p)
     restricted, excluded = (fc.evaluate(network, sample)["accuracy"]
                             for network in fc.ablate_heads(run.params))
     measures, before = fc.head_spectra(run.params), fc.head_spectra(first)
@@ -98,14 +105,6 @@ def report_heads(run, whole, first, sample):
             "frequency_histogram": histogram(measures["frequency"][measures["used"]], p),
             "restricted_accuracy": restricted, "excluded_accuracy": excluded,
             "each_head": [dict(zip(each, head)) for head in zip(*each.values())]}
-
-
-def report_blocks(run, whole, first, sample):
-    """The part of a report on a transformer: its grokking."""
-    return grokking(run.history)
-
-
-ABOUT = {"attention": report_heads, "transformer": report_blocks}  # of the others report_neurons
 
 
 def grokking(history, level=0.99):
@@ -203,8 +202,9 @@ def print_report(r):
     for zeta, count in enumerate(counts, 1):
         print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
     print(f"  {r['step']} of {r['steps']} steps, {r['seconds']:.1f} seconds")
-    short = any(r[x] is not None and r[x] < 0.99 for x in ("train_accuracy", "test_accuracy"))
-    if short and r["step"] == r["steps"] and r["model"] in ("mlp", "relu", "control-variate"):
+    known = [r[x] for x in ("train_accuracy", "test_accuracy") if r[x] is not None]
+    done = r["step"] == r["steps"]
+    if done and min(known) < 0.99 and r["model"] in ("mlp", "relu", "control-variate"):
         print("  note: what may help: more --steps, a larger --batch or --train-fraction, "
               "a smaller --weight-decay, --model control-variate")
 
@@ -487,10 +487,11 @@ def stop(number, _):
 def run_main(main):
     """Run a script's main. What the user can mend is one line on stderr and exit code 2; after a
     signal the code is 128 + its number, as it is if nobody reads the output (SIGPIPE, 13)."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-            signal.signal(getattr(signal, name), stop)
-    if sys.stdout is None:  # it was closed
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
+    if sys.stdout is None:  # the shell closed it
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # not all can show the bars of print_neurons
