@@ -20,7 +20,7 @@ import numpy as np
 
 import fourier_circuits as fc
 
-# ---- The report: what a trained network is and does, as numbers and as text ----------------------
+# ---- The report: what a trained network is and does, as numbers ----------------------------------
 
 
 def report(run):
@@ -121,6 +121,10 @@ def grokking(history, level=0.99):
     return {"steps_to_train": reached("train"), "steps_to_test": reached("test"),
             "largest_gap": max(gap, default=None),
             "gap_area": float(np.dot(gap, width)) if gap else None}
+
+
+# ---- The report as text, and tables --------------------------------------------------------------
+# A row of ROWS is printed if the report has all numbers that it names.
 
 
 ROWS = """\
