@@ -10,6 +10,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import string
@@ -24,9 +25,8 @@ import fourier_circuits as fc
 
 
 def report(run):
-    """All that is printed of a run, as a dict ready for JSON. Measured on all of D_p, but for the
-    ablated networks and the untrained one, on at most 2^17 random inputs, and for grokking, which
-    reads the history."""
+    """What a run became, a dict ready for JSON. It is measured on all of D_p; the ablated networks
+    and the untrained one on at most 2^17 random inputs; grokking reads the history."""
     config, k, p = run.config, run.config["k"], run.config["p"]
     network, first = fc.network_of(config, run.params), fc.new_run(config).params
     whole = fc.evaluate(network, fc.all_inputs(k, p))
@@ -58,9 +58,9 @@ def histogram(frequencies, p):  # -> [p // 2]
     return np.bincount(frequencies, minlength=p // 2 + 1)[1:].tolist()
 
 
-def report_neurons(run, margin, first, sample):
-    """The part of a report on the MLP, with this margin on all inputs and these first weights. The
-    margin that is reported is the normalized one."""
+def report_neurons(run, smallest_margin, first, sample):
+    """The part of a report on the MLP, which has this margin on all inputs and had these first
+    weights. The margin that is reported is the normalized one."""
     config, params = run.config, run.params
     measures, before = fc.neuron_spectra(params), fc.neuron_spectra(first)["summary"]
     k, p, live = config["k"], config["p"], measures["live"]
@@ -70,7 +70,8 @@ def report_neurons(run, margin, first, sample):
              "frequencies_used")
     theory = dict.fromkeys(("gamma_star", "margin", "margin_ratio"))
     if config["model"] != "relu":
-        gamma, margin = fc.gamma_star(k, p), margin / (fc.norm(params) or 1) ** (k + 1)
+        gamma = fc.gamma_star(k, p)
+        margin = smallest_margin / (fc.norm(params) or 1) ** (k + 1)  # 0 if all weights are 0
         theory = {"gamma_star": gamma, "margin": margin, "margin_ratio": margin / gamma}
     return {**measures["summary"], **{f"{name}_at_init": before[name] for name in names},
             "phase_error": mean(measures["phase_error"], live),
@@ -82,29 +83,33 @@ SHARES = "key_share", "token_share", "class_share", "block_share"
 
 
 def report_heads(run, right, first, sample):
-    """The part of a report on attention, which answers these inputs right and had these first
-    weights: medians over live heads, over all heads at init, and over Gaussian tables (at random);
-    accuracies on held-out orbits (fresh), on those of them where a_1 .. a_{k-1} all differ
-    (distinct), and on the others (collision)."""
+    """The part of a report on attention, which had these first weights. right: bool [p^k], which
+    inputs it answers right.
+
+    Of live heads, of all heads at init, and of Gaussian tables (at random): the medians of SHARES,
+    and the shares of heads with the same frequency in all tables, or with a single one. Accuracies
+    on held-out orbits (fresh), on those of them where a_1 .. a_{k-1} all differ (distinct), and on
+    the others (collision)."""
     k, p, rng = run.config["k"], run.config["p"], np.random.default_rng(0)
     test, equal = ~run.train, fc.collisions(k, p)
     restricted, excluded = (fc.evaluate(network, sample)["accuracy"]
                             for network in fc.ablate_heads(run.params))
     measures, before = fc.head_spectra(run.params), fc.head_spectra(first)
-    noise = [x - x.mean(axis=2, keepdims=True) for x in rng.standard_normal((2, 160, p, p))]
-    medians = {}
-    for ending, x, part in (("", measures, measures["live"]), ("_at_init", before, ...),
-                            ("_at_random", fc.table_spectra(*noise), ...)):
-        medians |= {f"{name}{ending}": float(np.median(x[name][part])) for name in SHARES}
-        medians |= {f"same_frequency{ending}": float(x["same"][part].mean()),
-                    f"single_frequency_fraction{ending}": float(x["single"][part].mean())}
-    each = {name: measures[name].tolist() for name in ("live", "size", "frequency", *SHARES)}
-    return {**measures["summary"], **medians, "fresh_accuracy": mean(right, test),
+    noise = fc.table_spectra(*fc.centred(*rng.standard_normal((2, 160, p, p))))
+    averages, everywhere = {}, slice(None)
+    for ending, x, part in (("", measures, measures["live"]), ("_at_init", before, everywhere),
+                            ("_at_random", noise, everywhere)):
+        averages |= {f"{name}{ending}": float(np.median(x[name][part])) for name in SHARES}
+        averages |= {f"same_frequency{ending}": float(x["same"][part].mean()),
+                     f"single_frequency_fraction{ending}": float(x["single"][part].mean())}
+    columns = {name: measures[name].tolist() for name in ("live", "size", "frequency", *SHARES)}
+    each_head = [dict(zip(columns, head)) for head in zip(*columns.values())]
+    return {**measures["summary"], **averages, "fresh_accuracy": mean(right, test),
             "distinct_accuracy": mean(right, test & ~equal),
             "collision_accuracy": mean(right, test & equal),
             "frequency_histogram": histogram(measures["frequency"][measures["used"]], p),
             "restricted_accuracy": restricted, "excluded_accuracy": excluded,
-            "each_head": [dict(zip(each, head)) for head in zip(*each.values())]}
+            "each_head": each_head}
 
 
 def grokking(history, level=0.99):
@@ -124,7 +129,7 @@ def grokking(history, level=0.99):
 
 
 # ---- The report as text, and tables --------------------------------------------------------------
-# A row of ROWS is printed if the report has all numbers that it names.
+# A row of ROWS is printed if the report has all numbers that it names; one that is None is a "-".
 
 
 ROWS = """\
@@ -167,7 +172,7 @@ class Text(string.Formatter):
         if x is None:
             return "-"
         if form.endswith("%") and 0 < x < 1:
-            least = 10.0 ** -(2 + int(form[:-1].split(".")[1]))
+            least = 10.0 ** -(2 + int(form[:-1].split(".")[1]))  # 0.0001 for ".2%"
             x = min(max(x, least), 1 - least)
         return format(x, form)
 
@@ -198,19 +203,28 @@ def sizes(config):
 
 
 def print_report(r):
-    """Print what report(run) measured."""
+    """Print what report(run) measured. (The empty line before it ends a line of progress.)"""
     print(f"\n{sizes(r)}, {TRAINED[r['model']].format(**r)}, seed {r['seed']}")
     for row in fill(ROWS, r | {"chance": 1 / r["p"]}):
         print(f"  {row}")
     counts = r.get("frequency_histogram", [])
     for zeta, count in enumerate(counts, 1):
-        print(f"  {zeta:5d} {count:6d} {'#' * -(-50 * count // max(max(counts), 1))}")
+        print(f"  {zeta:5d} {count:6d} {'#' * math.ceil(50 * count / max(1, *counts))}")
     print(f"  {r['step']} of {r['steps']} steps, {r['seconds']:.1f} seconds")
     known = [r[x] for x in ("train_accuracy", "test_accuracy") if r[x] is not None]
     done = r["step"] == r["steps"]
     if done and min(known) < 0.99 and r["model"] in ("mlp", "relu", "control-variate"):
         print("  note: what may help: more --steps, a larger --batch or --train-fraction, "
               "a smaller --weight-decay, --model control-variate")
+
+
+def print_json(runs):
+    """The report of a run {path: run}; of several a list, each with its file."""
+    if len(runs) > 1:
+        reports = [{"file": path, **report(run)} for path, run in runs.items()]
+    else:
+        reports = [report(run) for run in runs.values()][0]
+    print(json.dumps(reports, indent=2, allow_nan=False))
 
 
 def all_transformers(runs):
@@ -241,17 +255,18 @@ def spread(values, form, none="-"):
 
 def print_groups(groups):
     """Grokking, mean and range over the seeds of each group."""
-    print("  k   p seeds  steps  99% train at           99% test at            "
-          "largest gap        gap area, steps      last test accuracy")
+    line = "{:>3} {:>3} {:>5} {:>6}  {:22} {:22} {:18} {:20} {:21} {}"
+    print(line.format("k", "p", "seeds", "steps", "99% train at", "99% test at", "largest gap",
+                      "gap area, steps", "last test accuracy", "").rstrip())
     for (k, p, apart), runs in groups.items():
         each = [grokking(run.history) for run in runs]
         last = [run.history[-1]["test_accuracy"] if run.history else None for run in runs]
-        cells = [spread([e[x] for e in each], *form) for x, *form in (
-            ("steps_to_train", ".0f", "never"), ("steps_to_test", ".0f", "never"),
-            ("largest_gap", ".2f"), ("gap_area", ".0f"))]
-        print(f"{k:3d} {p:3d} {len(runs):5d} {min(run.step for run in runs):6d}  "
-              "{:22s} {:22s} {:18s} {:20s} {:21s} {}".format(
-                  *cells, spread(last, ".3f"), apart).rstrip())
+        print(line.format(
+            k, p, len(runs), min(run.step for run in runs),
+            spread([x["steps_to_train"] for x in each], ".0f", "never"),
+            spread([x["steps_to_test"] for x in each], ".0f", "never"),
+            spread([x["largest_gap"] for x in each], ".2f"),
+            spread([x["gap_area"] for x in each], ".0f"), spread(last, ".3f"), apart).rstrip())
 
 
 def strongest(size, live, frequency, count):
@@ -276,10 +291,9 @@ def print_neurons(run, count=3):
 
 
 def print_theory(k, p):
-    """Both networks against Theorem 4.1 on all p^k inputs."""
-    networks = {"the rotated": fc.rotated_network(k, p)}
-    if p % 2:
-        networks = {"the paper's": fc.paper_network(k, p), **networks}
+    """The paper's network, for odd p, and ours against Theorem 4.1 on all p^k inputs."""
+    networks = {"the paper's": fc.paper_network(k, p)} if p % 2 else {}
+    networks["the rotated"] = fc.rotated_network(k, p)
     print(f"k = {k}, p = {p}: gamma* = {fc.gamma_star(k, p):.6e}, {p**k} inputs, float64"
           f"{'' if p % 2 else '; the paper constructs a network for odd p only'}")
     for name, params in networks.items():
@@ -341,46 +355,51 @@ def draw(run, name, directory):
     """One figure of a run: what its weights were and became, and how it learned."""
     if run.config["model"] == "transformer":
         return draw_groups(group_runs([run]), name, directory)
-    figure, last = (draw_attention if run.config["model"] == "attention" else draw_mlp)(run)
-    draw_curve(last, [run], "train_accuracy", "train accuracy", BEFORE)
-    draw_curve(last, [run], "test_accuracy", "test accuracy", AFTER)
-    draw_curve(last, [run], "margin_ratio", "margin / gamma*", "black")
-    last.set(xlabel="step", ylabel="share", ylim=(0, 1.03))
-    last.legend(handles=last.lines)
+    if run.config["model"] == "attention":
+        figure, curves = draw_attention(run)
+    else:
+        figure, curves = draw_mlp(run)
+    draw_curve(curves, [run], "train_accuracy", "train accuracy", BEFORE)
+    draw_curve(curves, [run], "test_accuracy", "test accuracy", AFTER)
+    draw_curve(curves, [run], "margin_ratio", "margin / gamma*", "black")
+    curves.set(xlabel="step", ylabel="share", ylim=(0, 1.03))
+    curves.legend(handles=curves.lines)
     save_figure(figure, directory, name)
 
 
 def draw_mlp(run):
-    """The paper's Figures 1 and 2: a neuron and its spectra, frequencies, power; before, after."""
+    """The paper's Figures 1 and 2: a neuron and its spectra, frequencies, power; before, after.
+    -> the figure, and an axis in it for the curves of training"""
     measures, k, p = fc.neuron_spectra(run.params), run.config["k"], run.config["p"]
-    live = np.flatnonzero(measures["live"] | ~measures["live"].any())  # of a network of zeros, all
+    live = np.flatnonzero(measures["live"])
+    if len(live) == 0:
+        live = np.arange(run.config["m"])  # a network of zeros
     one = typical(measures, live)
     figure, zeta = new_figure(10, 1.1 * (k + 1) + 0.6), np.arange(p // 2 + 1)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
     axes = left.subplots(k + 1, 2, sharex="col")
-    first = fc.new_run(run.config)
-    for at, colour, shift in ((first, BEFORE, -0.2), (run, AFTER, 0.2)):
-        vectors = fc.neurons(at.params)[:, one]
-        vectors = vectors / abs(vectors).max(axis=1)[:, None]
-        spectra = fc.power_spectrum(vectors)
-        for x, spectrum, (weights, power) in zip(vectors, spectra, axes):
-            weights.plot(x, "o", ms=3, color=colour)
-            power.bar(zeta + shift, spectrum / spectrum.sum(), 0.4, color=colour)
+    first = fc.new_run(run.config).params
     t = np.arange(20 * p) / 20  # between the numbers 0 .. p-1, too
-    for j, (x, (weights, power)) in enumerate(zip(vectors, axes)):
-        weights.plot(t, cosine_at(x, measures["frequency"][one], t), lw=0.7, color=AFTER)
+    for j, (before, after, (weights, spectrum)) in enumerate(zip(
+            fc.neurons(first)[:, one], fc.neurons(run.params)[:, one], axes)):
+        for x, colour, shift in ((before, BEFORE, -0.2), (after, AFTER, 0.2)):
+            power = fc.power_spectrum(x)
+            weights.plot(x / abs(x).max(), "o", ms=3, color=colour)
+            spectrum.bar(zeta + shift, power / power.sum(), 0.4, color=colour)
+        wave = cosine_at(after / abs(after).max(), measures["frequency"][one], t)
+        weights.plot(t, wave, lw=0.7, color=AFTER)
         weights.set(ylabel=f"$u_{j + 1}$" if j < k else "$w$", yticks=(-1, 0, 1))
-        power.set(ylim=(0, 1), yticks=(0, 1))
+        spectrum.set(ylim=(0, 1), yticks=(0, 1))
     axes[-1, 0].set_xlabel("number a, or class")
     axes[-1, 1].set_xlabel("frequency")
     axes[0, 0].set_title(f"neuron {one}: each vector over its largest entry")
     axes[0, 1].set_title("its share of power by frequency")
-    counts, power, last = right.subplots(3, 1)
+    counts, shares, curves = right.subplots(3, 1)
     counts.bar(zeta[1:], histogram(measures["frequency"][measures["single"]], p), color=AFTER)
     counts.set(title="live single-frequency neurons", xlabel="frequency")
-    draw_shares(power, fc.neuron_spectra(first.params)["shares"], measures["shares"][:, live],
+    draw_shares(shares, fc.neuron_spectra(first)["shares"], measures["shares"][:, live],
                 "maximum normalized power of all $u_1 .. u_k, w$")
-    return figure, last
+    return figure, curves
 
 
 def typical(measures, live):
@@ -400,7 +419,7 @@ def cosine_at(x, zeta, t):  # [p], a frequency, [..] -> [..]
 
 def draw_attention(run, count=4):
     """The paper's Figures 3, 9 and 10: attention matrices S_h and their 2-D spectra, and what the
-    heads write: OV_h."""
+    heads write: OV_h. -> as of draw_mlp"""
     measures, (s, ov) = fc.head_spectra(run.params), fc.centred_tables(run.params)
     spectrum = np.fft.fftshift(fc.head_spectrum(s), axes=1)  # query frequency 0 in the middle
     chosen = strongest(measures["size"], measures["live"], measures["frequency"], count)
@@ -415,7 +434,7 @@ def draw_attention(run, count=4):
             largest = abs(x).max()
             axis.imshow(x, cmap="RdBu", vmin=-largest, vmax=largest)  # white is 0
             axis.set_title(title)
-        middle.imshow(spectrum[h], cmap="Blues", aspect="auto",
+        middle.imshow(spectrum[h], cmap="Blues", aspect="auto",  # frequencies are pixels' centres
                       extent=(-0.5, p // 2 + 0.5, p - p // 2 - 0.5, -(p // 2) - 0.5))
         middle.set_title("power of S")
         for axis in (above, middle, below):
@@ -423,10 +442,10 @@ def draw_attention(run, count=4):
     axes[0, 0].set(xlabel="key", ylabel="query")
     axes[1, 0].set(xlabel="key frequency", ylabel="query frequency")
     axes[2, 0].set(xlabel="class", ylabel="token")
-    shares, last = right.subplots(2, 1)
+    shares, curves = right.subplots(2, 1)
     draw_shares(shares, fc.head_spectra(fc.new_run(run.config).params)["key_share"],
                 measures["key_share"][measures["live"]], "keys' power at a head's frequency")
-    return figure, last
+    return figure, curves
 
 
 def draw_groups(groups, name, directory):
@@ -451,23 +470,19 @@ def draw_groups(groups, name, directory):
     save_figure(figure, directory, name)
 
 
-def print_json(runs):
-    """The report of a run {path: run}; of several a list, each with its file."""
-    reports = [{"file": path, **report(run)} if len(runs) > 1 else report(run)
-               for path, run in runs.items()]
-    print(json.dumps(reports if len(runs) > 1 else reports[0], indent=2, allow_nan=False))
-
-
 def draw_runs(runs, directory):
     """A figure of each run {path: run}, named after its file; of several transformers a single
     one."""
     if all_transformers(runs):
         return draw_groups(group_runs(runs.values()), "grokking", directory)
-    for path, run in runs.items():
-        draw(run, os.path.splitext(os.path.basename(path))[0], directory)
+    names = [os.path.splitext(os.path.basename(path))[0] for path in runs]
+    if len(set(names)) < len(names):
+        raise fc.BadInput("files of the same name would have the same figure; draw them apart")
+    for name, run in zip(names, runs.values()):
+        draw(run, name, directory)
 
 
-# ---- How scripts end -----------------------------------------------------------------------------
+# ---- How scripts end, train.py as well -----------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -483,23 +498,25 @@ def printable(text):
 
 
 def stop(number, _):
-    """Answer a signal: end as after an error, so that a run is saved. A second one ends at once."""
+    """Answer a signal: end as after an error, so that a run is saved. The same one again ends at
+    once."""
     signal.signal(number, signal.SIG_DFL)
     sys.exit(128 + number)
 
 
 def run_main(main):
     """Run a script's main. What the user can mend is one line on stderr and exit code 2; after a
-    signal the code is 128 + its number, as it is if nobody reads the output (SIGPIPE, 13)."""
+    signal the code is 128 + its number. Output that nobody reads counts as the signal SIGPIPE, 13,
+    which Python itself ignores."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     if sys.stdout is None:  # the shell closed it
         sys.stdout = open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
+    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
         sys.stdout.reconfigure(errors="replace")  # not all can show the bars of print_neurons
-    warnings.simplefilter("ignore", RuntimeWarning)  # we look for overflow ourselves
+    warnings.simplefilter("ignore", RuntimeWarning)  # evaluate and save_run look for overflow
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -518,9 +535,10 @@ def main(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN.npz", help="run files of train.py")
-    add("--json", action="store_true", help="print the reports as JSON, nothing else")
-    add("--figures", metavar="DIR", help="draw PNG files into DIR instead of printing reports")
-    add("--theory", action="store_true",
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--json", action="store_true", help="print the reports as JSON, nothing else")
+    one("--figures", metavar="DIR", help="draw PNG files into DIR instead of printing reports")
+    one("--theory", action="store_true",
         help="check the max-margin networks of --k and --p on all p^k inputs")
     add("--k", type=int, default=3, help="of --theory, default 3")
     add("--p", type=int, default=23, help="of --theory, default 23")
@@ -529,10 +547,10 @@ def main(argv):
     if args.theory == bool(args.runs):
         parser.error("give either run files or --theory")
     fc.use_device(args.device)
-    runs = {path: fc.load_run(path) for path in args.runs}
     if args.theory:
-        print_theory(args.k, args.p)
-    elif args.figures:
+        return print_theory(args.k, args.p)
+    runs = {path: fc.load_run(path) for path in args.runs}
+    if args.figures:
         draw_runs(runs, args.figures)
     elif args.json:
         print_json(runs)

@@ -1235,6 +1235,17 @@ def test_what_is_there_is_not_overwritten(capsys, monkeypatch):
     assert Path("run.npz").read_bytes() == before and Path("text").read_text() == "not ours"
 
 
+@pytest.mark.parametrize("changes", [
+    {"meta": "{}"}, {"meta": json.dumps({"format": fc.FORMAT})},
+    {"meta": json.dumps({"format": fc.FORMAT, "config": {}, "step": "x"})}, {"other": np.zeros(3)}])
+def test_nothing_is_saved_over_what_is_no_run(changes):
+    np.savez("run.npz", **changes)
+    before = Path("run.npz").read_bytes()
+    with pytest.raises(fc.BadInput, match="run.npz as a run file"):
+        fc.save_run("run.npz", small_run())
+    assert Path("run.npz").read_bytes() == before
+
+
 def test_a_save_that_fails_leaves_the_one_before(monkeypatch):
     """A full disk; weights that overflowed, where the flags to change are named."""
     fc.save_run("run.npz", small_run())
@@ -1261,6 +1272,22 @@ def test_an_overflow_ends_a_run_in_one_line(flags, capsys, monkeypatch):
     error = refused(capsys, monkeypatch, train, *flags.split(), "--out", "run.npz", before="step ")
     assert "overflowed" in error and "--lr" in error
     assert fc.load_run("run.npz").step == 0 and os.listdir() == ["run.npz"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_on_a_terminal(monkeypatch):
+    """Progress is one line, written over. It is ended before an overflow is told."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    flags = "--k 4 --p 2 --m 14 --seed 87 --train-fraction 0.3 --steps 40 --model relu".split()
+    train.main(flags)
+    lines = screen.getvalue().splitlines()[:40]
+    assert screen.getvalue().startswith("\rstep      1  ") and len({len(x) for x in lines[1:]}) == 1
+    screen.truncate(0)
+    with pytest.raises(fc.BadInput, match="overflowed"):
+        train.main([*flags, "--lr", "8.885257216107824"])
+    assert "step" in screen.getvalue() and screen.getvalue().endswith("\n")
 
 
 def test_a_file_keeps_its_link_and_its_mode():
@@ -1331,7 +1358,8 @@ def edited(path, **changes):
     ("arrays", {"first_u": np.zeros((2, 11, 40, 1), "f4")}),
     ("arrays", {"loss": np.zeros(2, "f4")}), ("arrays", {"params_u": np.array("x")}),
     ("settings", {"config": {"k": 2, "p": 11}}), ("history", {"history": [{"step": 3}]}),
-    ("keys", {"history": [3]}),
+    ("get", {"history": [3]}), ("history", {"history": [
+        {"step": 3, "train_accuracy": 1.0, "test_accuracy": "x"}]}),
     ("arrays", {"second_w": np.zeros((40, 11))})])
 def test_files_that_were_edited(words, changes):
     """Refused in one line, which says what is wrong."""
@@ -1364,6 +1392,15 @@ def test_tables_of_several_runs(capsys):
     assert analyze.spread([10, 20, None], ".0f") == "15 (10..20, 2 of 3)"
 
 
+def test_two_runs_do_not_draw_one_figure():
+    for folder in "ab":
+        os.mkdir(folder)
+        fc.save_run(f"{folder}/run.npz", small_run())
+    with pytest.raises(fc.BadInput, match="same name"):
+        analyze.main(["a/run.npz", "b/run.npz", "--figures", "."])
+    assert sorted(os.listdir()) == ["a", "b"]
+
+
 # ---- Bad input: one line, exit code 2, and nothing written ---------------------------------------
 
 
@@ -1376,7 +1413,8 @@ BAD_TRAIN = """\
 --k 7 --p 2 --m 9 --init-std 1e6|--device auto|--figure 11
 --figure 4|--figure 4-k6|--betas 0.9|--resume x"""
 BAD_ANALYZE = """|missing.npz|.|--theory run.npz|--theory --p 1|--theory --k 9 --p 97|--theory --p x
---theory --k 14300 --p 5|--theory --k 10000000000"""
+--theory --k 14300 --p 5|--theory --k 10000000000|--theory --json|--theory --figures x
+--json --figures x run.npz"""
 
 
 @pytest.mark.parametrize("module, argv", [
