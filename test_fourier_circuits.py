@@ -1246,6 +1246,13 @@ def test_nothing_is_saved_over_what_is_no_run(changes):
     assert Path("run.npz").read_bytes() == before
 
 
+def test_a_file_that_cannot_be_written_is_named():
+    with pytest.raises(fc.BadInput, match="cannot write file: no reason"):
+        with fc.whole_file("file"):
+            raise OSError("no reason")
+    assert os.listdir() == []
+
+
 def test_a_save_that_fails_leaves_the_one_before(monkeypatch):
     """A full disk; weights that overflowed, where the flags to change are named."""
     fc.save_run("run.npz", small_run())
@@ -1358,7 +1365,8 @@ def edited(path, **changes):
     ("arrays", {"first_u": np.zeros((2, 11, 40, 1), "f4")}),
     ("arrays", {"loss": np.zeros(2, "f4")}), ("arrays", {"params_u": np.array("x")}),
     ("settings", {"config": {"k": 2, "p": 11}}), ("history", {"history": [{"step": 3}]}),
-    ("get", {"history": [3]}), ("history", {"history": [
+    ("int", {"history": [3]}), ("its step", {"step": 20.0}),
+    ("history", {"history": {}}), ("history", {"history": [
         {"step": 3, "train_accuracy": 1.0, "test_accuracy": "x"}]}),
     ("arrays", {"second_w": np.zeros((40, 11))})])
 def test_files_that_were_edited(words, changes):
@@ -1368,6 +1376,11 @@ def test_files_that_were_edited(words, changes):
     with pytest.raises(fc.BadInput, match=words) as error:
         fc.load_run("run.npz")
     assert "\n" not in str(error.value)
+
+
+def test_the_setting_that_does_not_apply_is_named():
+    with pytest.raises(fc.BadInput, match="^m does not apply to transformer "):
+        fc.complete({"model": "transformer", "k": 2, "m": 9})
 
 
 def test_different_runs_have_different_files():
