@@ -1219,6 +1219,17 @@ def test_in_a_shell(line):
     assert "kill -9" in line or os.listdir() == ["run.npz"]
 
 
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """As of nohup, which ignores SIGHUP."""
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(sys, "argv", ["script"])
+        analyze.run_main(lambda argv: None)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
 def test_what_is_there_is_not_overwritten(capsys, monkeypatch):
     """Another run, something else: refused before any work. More of the same run stays."""
     fc.save_run("run.npz", advance(small_run(), 20))
@@ -1287,10 +1298,11 @@ def test_on_a_terminal(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "300")
     flags = "--k 4 --p 2 --m 14 --seed 87 --train-fraction 0.3 --steps 40 --model relu".split()
     train.main(flags)
     lines = screen.getvalue().splitlines()[:40]
-    assert screen.getvalue().startswith("\rstep      1  ") and len({len(x) for x in lines[1:]}) == 1
+    assert screen.getvalue().startswith("\rstep      1  ") and {len(x) for x in lines[1:]} == {299}
     screen.truncate(0)
     with pytest.raises(fc.BadInput, match="overflowed"):
         train.main([*flags, "--lr", "8.885257216107824"])
@@ -1622,6 +1634,16 @@ def test_defaults_in_help():
     assert ["steps", "2000", "2000", "2000", "2000", "6000", "2500"] in table
 
 
+def test_what_a_report_says_at_its_end(capsys):
+    """A bar for each frequency that is there, even if it is hardly used; a hint only at the end."""
+    r = analyze.report(advance(small_run(), 40)) | {"test_accuracy": 0.5, "steps": 40}
+    for step, hint in ((40, True), (39, False)):
+        analyze.print_report(r | {"step": step, "frequency_histogram": [100, 1, 0]})
+        text = capsys.readouterr().out
+        assert f"\n      1    100 {'#' * 50}\n      2      1 #\n      3      0 \n" in text
+        assert ("note: what may help" in text) == hint
+
+
 def test_figures():
     """Of all models, of several transformers one."""
     pytest.importorskip("matplotlib")
@@ -1629,6 +1651,13 @@ def test_figures():
     for runs in (["mlp", "heads"], ["deep"], ["deep", "deep2"]):
         analyze.main([*runs, "--figures", "new/drawn"])
     assert sorted(os.listdir("new/drawn")) == ["deep.png", "grokking.png", "heads.png", "mlp.png"]
+    run = fc.load_run("mlp")
+    measures = fc.neuron_spectra(run.params)
+    one = analyze.typical(measures, np.flatnonzero(measures["live"]))
+    before, after, _ = analyze.draw_mlp(run)[0].axes[0].lines  # of u_1; the third is the cosine
+    for line, params in ((before, fc.new_run(run.config).params), (after, run.params)):
+        x = fc.neurons(params)[0, one]
+        assert line.get_ydata() == pytest.approx(x / abs(x).max())
 
 
 def test_the_readme_s_python(capsys):
