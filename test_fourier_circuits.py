@@ -1376,10 +1376,13 @@ def edited(path, **changes):
     ("arrays", {"p": 13}), ("arrays", {"params_w": None}), ("arrays", {"more": np.zeros(1)}),
     ("arrays", {"first_u": np.zeros((2, 11, 40, 1), "f4")}),
     ("arrays", {"loss": np.zeros(2, "f4")}), ("arrays", {"params_u": np.array("x")}),
-    ("settings", {"config": {"k": 2, "p": 11}}), ("history", {"history": [{"step": 3}]}),
-    ("int", {"history": [3]}), ("its step", {"step": 20.0}),
-    ("history", {"history": {}}), ("history", {"history": [
-        {"step": 3, "train_accuracy": 1.0, "test_accuracy": "x"}]}),
+    ("settings", {"config": {"k": 2, "p": 11}}), ("train_accuracy", {"history": [{"step": 3}]}),
+    ("int", {"history": [3]}), *(("history", {"history": [
+        {"step": 3, "train_accuracy": 1, "test_accuracy": 1} | change]}) for change in (
+            {"step": None}, {"train_accuracy": 2}, {"test_accuracy": math.inf},
+            {"circuit_share": "x"})), ("its step", {"step": 20.0}),
+    ("history", {"history": {}}), ("NoneType", {"history": [
+        {"step": 3, "train_accuracy": 1.0, "test_accuracy": None}]}),
     ("arrays", {"second_w": np.zeros((40, 11))})])
 def test_files_that_were_edited(words, changes):
     """Refused in one line, which says what is wrong."""
